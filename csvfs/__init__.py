@@ -1,0 +1,1 @@
+"""The filesystem: format, journal, allocation, namespace, volume, FUSE operations."""

@@ -1,0 +1,1 @@
+"""A distributed lock manager after VMS and the Linux DLM, useful without csvfs."""

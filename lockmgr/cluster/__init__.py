@@ -1,0 +1,1 @@
+"""Membership, wire format and RPC: what every layer above talks over."""

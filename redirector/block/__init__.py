@@ -1,0 +1,1 @@
+"""BlockDevice and its kinds, and persistent reservations."""

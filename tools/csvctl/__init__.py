@@ -1,0 +1,1 @@
+"""csvctl: the admin tool."""
