@@ -1,0 +1,1 @@
+"""A real QEMU guest for tests and the demo."""
