@@ -265,7 +265,7 @@ class BlockDevice(ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Log out. Commands in flight end first. The registration stays where the target keeps it."""
+        """Log out. Commands in flight end first. The registration stays ("parked")."""
 
     @abstractmethod
     def abort(self) -> None:
