@@ -14,7 +14,7 @@ invariants:
   2. `edit` always copies: no image that anyone else can see is ever changed through a transaction
   3. len(images) <= bound and len(freed) <= MAX_TX_FREES, so that the room held in the journal
      before the body ran is enough
-  4. after `finish` the transaction holds no lock and can no longer be used
+  4. locks taken by bodies are released after the merge, or when the transaction is given up
 """
 
 from __future__ import annotations
@@ -102,6 +102,43 @@ class LockSource(Protocol):
         """Place in the lock order: several are waited for in ascending order."""
 
 
+class LockHolder:
+    """The locks that bodies took on one caller's behalf, kept until its transaction has ended.
+
+    They are kept while missing blocks are loaded too: a block is read only under its lock.
+    """
+
+    __slots__ = ("_held", "_source")
+
+    def __init__(self, source: LockSource) -> None:
+        self._source = source
+        self._held: dict[Hashable, tuple[int, HeldLock]] = {}
+
+    def try_lock(self, resource: Hashable, mode: int) -> bool:
+        """Hold ``resource`` if that needs no waiting."""
+        held = self._held.get(resource)
+        if held is not None:
+            assert held[0] >= mode, f"{resource!r} is held in a lower mode by this transaction"
+            return True
+        lock = self._source.try_acquire(resource, mode)
+        if lock is None:
+            return False
+        self._held[resource] = (mode, lock)
+        return True
+
+    async def wait(self, resource: Hashable, mode: int) -> None:
+        """Wait for ``resource``, holding only what comes before it in the lock order."""
+        place = self._source.order(resource)
+        for other in [other for other in self._held if self._source.order(other) >= place]:
+            self._held.pop(other)[1].release()
+        self._held[resource] = (mode, await self._source.acquire(resource, mode))
+
+    def release(self) -> None:
+        """Give all of them back."""
+        while self._held:
+            self._held.popitem()[1][1].release()
+
+
 Holds = Callable[[BlockType, int, int], bool]
 """``holds(kind, owner, flags)``: is the lock that covers such a block held EX?"""
 
@@ -127,7 +164,6 @@ class TransactionScope:
 
     reader: BlockReader
     volume_id: bytes
-    locks: LockSource | None = None
     holds: Holds | None = None
     """Asserted for each block that is changed; None: not asserted."""
 
@@ -136,7 +172,6 @@ class Transaction:
     """The changes of one body. Implements `BlockReader`: a body sees its own changes."""
 
     __slots__ = (
-        "_extra",
         "_locks",
         "_scope",
         "bound",
@@ -153,12 +188,10 @@ class Transaction:
         *,
         bound: int = MAX_TX_BLOCKS,
         privileged: bool = False,
-        extra: dict[Hashable, int] | None = None,
+        locks: LockHolder | None = None,
     ) -> None:
         self._scope = scope
-        self._extra = extra
-        """Locks that the caller of the body waited for and holds around it, with their modes."""
-        self._locks: dict[Hashable, tuple[int, HeldLock]] = {}
+        self._locks = locks
         self.bound = bound
         self.privileged = privileged
         """May use the blocks kept in reserve (unlink, punch, reclaim on a full volume)."""
@@ -239,24 +272,11 @@ class Transaction:
 
     # -- locks -----------------------------------------------------------------------------
     def try_lock(self, resource: Hashable, mode: int) -> bool:
-        """Hold ``resource`` until the body has ended, if that needs no waiting.
+        """Hold ``resource`` until the transaction has ended, if that needs no waiting.
 
         On False the body takes another way, or gives up with `NeedLock`.
         """
-        if self._extra is not None and self._extra.get(resource, -1) >= mode:
-            return True
-        held = self._locks.get(resource)
-        if held is not None:
-            assert held[0] >= mode, f"{resource!r} is held in a lower mode by this transaction"
-            return True
-        source = self._scope.locks
-        if source is None:
-            return True
-        lock = source.try_acquire(resource, mode)
-        if lock is None:
-            return False
-        self._locks[resource] = (mode, lock)
-        return True
+        return self._locks is None or self._locks.try_lock(resource, mode)
 
     # -- callbacks -------------------------------------------------------------------------
     def after_merge(self, callback: Callable[[], None]) -> None:
@@ -266,12 +286,6 @@ class Transaction:
     def on_stable(self, callback: Callable[[], None]) -> None:
         """Call it once the changes are stable on the LUN; never if that fails."""
         self.stable_callbacks.append(callback)
-
-    def finish(self) -> None:
-        """Release the locks of `try_lock`: the body has ended, one way or the other."""
-        locks, self._locks = self._locks, {}
-        for _, lock in locks.values():
-            lock.release()
 
     def check(self) -> None:
         """Assert the invariants at the top of this module."""
