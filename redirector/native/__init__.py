@@ -1,0 +1,1 @@
+"""The C core that moves the bytes, and its Cython boundary."""

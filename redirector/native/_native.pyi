@@ -1,0 +1,120 @@
+"""One iSCSI session on a thread of its own, without the GIL (see session.h for the contract).
+
+Every submitting method takes a *token*, any object, and returns at once. `Session.reap` gives the
+token back when the command has ended: exactly once, and never before. Until then the buffer is pinned
+(a `bytearray` cannot be resized, a `memoryview` not released) and must not be changed.
+"""
+
+from typing import Generic, TypedDict, TypeVar
+
+T = TypeVar("T")
+
+MAX_IN_FLIGHT: int
+"""Commands that one session may have on the wire."""
+
+def isid_valid(isid: int) -> bool:
+    """Whether libiscsi can log in with this 48-bit ISID: any of type 00b (OUI), and those of types 01b
+    and 10b (enterprise number, random) whose low six bits of the first byte are 0."""
+
+class Completion:
+    """Why a command did not simply succeed."""
+
+    @property
+    def unknown(self) -> bool:
+        """True: no answer, it may or may not have been done. False: the target answered."""
+    @property
+    def status(self) -> int:
+        """SAM-5 status; for task management the response, for a login the status class and detail."""
+    @property
+    def sense(self) -> bytes:
+        """Sense data (SPC-4 4.5), for status 02h."""
+    @property
+    def residual(self) -> int:
+        """Bytes of the buffer that the target did not transfer."""
+
+class Statistics(TypedDict):
+    commands: int
+    pings: int
+    in_flight: int
+    peak_in_flight: int
+    window: int
+
+class Session(Generic[T]):
+    """One I_T nexus. It never reconnects: once `lost`, every command ends as unknown."""
+
+    def __init__(
+        self,
+        token: T,
+        *,
+        portal: str,
+        target: str,
+        initiator: str,
+        isid: int,
+        lun: int,
+        user: str = "",
+        password: str = "",
+        header_digest: bool = False,
+        login_timeout_ms: int = 10_000,
+        command_timeout_ms: int = 30_000,
+        ping_interval_ms: int = 1_000,
+        ping_timeout_ms: int = 4_000,
+        max_in_flight: int = 120,
+    ) -> None:
+        """Start to log in; ``token`` comes back when that has ended.
+
+        ``portal`` is numeric. After ``ping_interval_ms`` (0: never) without a byte from the target it
+        is pinged (NOP-Out); ``ping_timeout_ms`` more without one, or one command unanswered for
+        ``command_timeout_ms``, and the session is lost. Raises `ValueError` for a name that is too
+        long or an ISID that is not `isid_valid`, `OSError` when there is no thread or descriptor.
+        """
+
+    def set_geometry(self, block_bytes: int, max_transfer_bytes: int) -> None:
+        """Once, before the first `read` or `write`: they are cut at ``max_transfer_bytes``."""
+
+    def read(self, offset_bytes: int, buffer: bytearray | memoryview, token: T) -> None:
+        """READ(16) straight into ``buffer``. Raises `ValueError` unless both are whole blocks."""
+
+    def write(
+        self, offset_bytes: int, data: bytes | bytearray | memoryview, fua: bool, token: T
+    ) -> None:
+        """WRITE(16) straight out of ``data``. Raises `ValueError` unless both are whole blocks."""
+
+    def scsi(
+        self,
+        cdb: bytes,
+        token: T,
+        *,
+        data_in: bytearray | memoryview | None = None,
+        data_out: bytes | bytearray | memoryview | None = None,
+        timeout_ms: int = 0,
+    ) -> None:
+        """Any other command block, 6 to 16 bytes."""
+
+    def task_management(self, function: int, token: T, *, timeout_ms: int = 0) -> None:
+        """Task management (RFC 7143 11.5.1) of the logical unit: 5 is LOGICAL UNIT RESET."""
+
+    def logout(self, token: T, *, timeout_ms: int = 0) -> None:
+        """Log out when nothing is in flight any more; nothing may be submitted after it."""
+
+    def reap(self) -> list[tuple[T, Completion | None]]:
+        """What has ended; None is success. Clears `fileno`'s readiness."""
+
+    def abort(self) -> None:
+        """Drop the connection now; every command ends as unknown. Never blocks."""
+
+    def close(self) -> list[tuple[T, Completion | None]]:
+        """Abort, end the thread, free everything; returns what had not been reaped. Idempotent."""
+
+    def fileno(self) -> int:
+        """Readable when `reap` has something or the session was lost; -1 after `close`."""
+
+    @property
+    def lost(self) -> bool: ...
+    @property
+    def text(self) -> str:
+        """Why it was lost, in words."""
+    @property
+    def outstanding(self) -> int:
+        """Tokens that were not given back yet."""
+
+    def statistics(self) -> Statistics: ...

@@ -1,0 +1,316 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The boundary between Python and session.c: see `_native.pyi` for what it offers.
+
+A request in flight holds a `Py_buffer` (so that the bytes neither move nor go away) and a reference to
+the token of whoever waits for it. Both are given back by `Session.reap`.
+"""
+
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_SetFromErrno
+from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+
+cdef extern from "session.h" nogil:
+    int CSV_MAX_IN_FLIGHT
+    enum csv_op:
+        CSV_LOGIN, CSV_READ, CSV_WRITE, CSV_SCSI, CSV_TASK, CSV_LOGOUT
+    enum csv_direction:
+        CSV_NO_DATA, CSV_DATA_IN, CSV_DATA_OUT
+    enum csv_outcome:
+        CSV_DONE, CSV_REFUSED, CSV_UNKNOWN
+    struct csv_session:
+        pass
+    struct csv_request:
+        csv_request *next
+        csv_op op
+        csv_direction direction
+        bint fua
+        uint8_t function
+        uint8_t cdb_bytes
+        uint8_t cdb[16]
+        uint64_t lba
+        void *buffer
+        uint32_t length
+        uint32_t timeout_ms
+        csv_outcome outcome
+        int status
+        uint32_t residual
+        uint8_t sense_bytes
+        uint8_t sense[96]
+    struct csv_config:
+        const char *portal
+        const char *target
+        const char *initiator
+        const char *user
+        const char *password
+        uint64_t isid
+        uint32_t lun
+        bint header_digest
+        uint32_t login_timeout_ms
+        uint32_t command_timeout_ms
+        uint32_t ping_interval_ms
+        uint32_t ping_timeout_ms
+        uint32_t max_in_flight
+    struct csv_statistics:
+        uint64_t commands
+        uint64_t pings
+        uint32_t in_flight
+        uint32_t peak_in_flight
+        uint32_t window
+    bint csv_isid_valid(uint64_t isid)
+    csv_session *csv_session_open(const csv_config *config, csv_request *login)
+    void csv_session_set_geometry(csv_session *session, uint32_t block, uint32_t max_transfer)
+    void csv_session_submit(csv_session *session, csv_request *request)
+    int csv_session_fd(const csv_session *session)
+    csv_request *csv_session_reap(csv_session *session)
+    void csv_session_abort(csv_session *session)
+    bint csv_session_lost(const csv_session *session)
+    const char *csv_session_text(const csv_session *session)
+    void csv_session_statistics(csv_session *session, csv_statistics *statistics)
+    void csv_session_close(csv_session *session)
+    void csv_session_free(csv_session *session)
+
+
+cdef struct pinned_request:
+    csv_request request  # first: the session hands back its address
+    Py_buffer view
+    bint pinned
+    PyObject *token
+
+
+MAX_IN_FLIGHT = CSV_MAX_IN_FLIGHT
+
+
+def isid_valid(isid):
+    return 0 <= isid < 1 << 48 and csv_isid_valid(isid)
+
+
+cdef class Completion:
+    cdef readonly bint unknown
+    cdef readonly int status
+    cdef readonly bytes sense
+    cdef readonly unsigned int residual
+
+    def __repr__(self):
+        return (f"Completion(unknown={self.unknown}, status={self.status:#x}, "
+                f"sense={self.sense.hex()!r}, residual={self.residual})")
+
+
+cdef Completion _completion(csv_request *request):
+    cdef Completion completion = Completion.__new__(Completion)
+    completion.unknown = request.outcome == CSV_UNKNOWN
+    completion.status = request.status
+    completion.sense = PyBytes_FromStringAndSize(<char *>request.sense, request.sense_bytes)
+    completion.residual = request.residual
+    return completion
+
+
+cdef class Session:
+    cdef csv_session *_session
+    cdef uint32_t _block_bytes
+    cdef readonly unsigned int outstanding
+
+    def __init__(self, token, *, str portal, str target, str initiator, isid, lun, str user="",
+                 str password="", bint header_digest=False, login_timeout_ms=10_000,
+                 command_timeout_ms=30_000, ping_interval_ms=1_000, ping_timeout_ms=4_000,
+                 max_in_flight=120):
+        cdef csv_config config
+        cdef pinned_request *login
+        if self._session != NULL:
+            raise RuntimeError("the session is open already")
+        if not isid_valid(isid):
+            raise ValueError(f"libiscsi cannot express the ISID {isid:#014x}")
+        if not 0 < max_in_flight <= CSV_MAX_IN_FLIGHT:
+            raise ValueError(f"max_in_flight is 1 to {CSV_MAX_IN_FLIGHT}, not {max_in_flight}")
+        texts = [text.encode() for text in (portal, target, initiator, user, password)]
+        for text in texts:
+            if len(text) > 223 or b"\0" in text:
+                raise ValueError("a name has at most 223 bytes, none of them 0")
+        config.portal, config.target, config.initiator = texts[0], texts[1], texts[2]
+        config.user, config.password = texts[3], texts[4]
+        config.isid = isid
+        config.lun = lun
+        config.header_digest = header_digest
+        config.login_timeout_ms = login_timeout_ms
+        config.command_timeout_ms = command_timeout_ms
+        config.ping_interval_ms = ping_interval_ms
+        config.ping_timeout_ms = ping_timeout_ms
+        config.max_in_flight = max_in_flight
+        login = self._new(CSV_LOGIN, None, 0, token)
+        self._session = csv_session_open(&config, &login.request)
+        if self._session == NULL:
+            self._release(login)
+            PyErr_SetFromErrno(OSError)
+
+    def __dealloc__(self):
+        if self._session != NULL:
+            with nogil:
+                csv_session_close(self._session)
+            self._reap_into(None)
+            csv_session_free(self._session)
+            self._session = NULL
+
+    cdef pinned_request *_new(self, csv_op op, object buffer, int flags, object token) except NULL:
+        cdef pinned_request *pinned
+        pinned = <pinned_request *>PyMem_RawCalloc(1, sizeof(pinned_request))
+        if pinned == NULL:
+            raise MemoryError
+        pinned.request.op = op
+        if buffer is not None:
+            try:
+                PyObject_GetBuffer(buffer, &pinned.view, flags)
+            except BaseException:
+                PyMem_RawFree(pinned)
+                raise
+            pinned.pinned = True
+            if pinned.view.len > 0x7fffffff:
+                PyBuffer_Release(&pinned.view)
+                PyMem_RawFree(pinned)
+                raise ValueError("a transfer is shorter than 2 GiB")
+            pinned.request.buffer = pinned.view.buf
+            pinned.request.length = <uint32_t>pinned.view.len
+        Py_INCREF(token)
+        pinned.token = <PyObject *>token
+        self.outstanding += 1
+        return pinned
+
+    cdef void _release(self, pinned_request *pinned):
+        if pinned.pinned:
+            PyBuffer_Release(&pinned.view)
+        Py_DECREF(<object>pinned.token)
+        PyMem_RawFree(pinned)
+        self.outstanding -= 1
+
+    cdef int _submit(self, pinned_request *pinned) except -1:
+        if self._session == NULL:
+            self._release(pinned)
+            raise ValueError("the session is closed")
+        csv_session_submit(self._session, &pinned.request)
+        return 0
+
+    cdef int _transfer(self, csv_op op, uint64_t offset_bytes, object buffer, int flags, bint fua,
+                       object token) except -1:
+        cdef pinned_request *pinned = self._new(op, buffer, flags, token)
+        cdef uint32_t block = self._block_bytes
+        if block == 0 or pinned.request.length == 0 or offset_bytes % block \
+                or pinned.request.length % block:
+            length = pinned.request.length
+            self._release(pinned)
+            raise ValueError(f"offset {offset_bytes} and length {length} must be multiples of the "
+                             f"logical block of {block} bytes, and not empty")
+        pinned.request.lba = offset_bytes // block
+        pinned.request.fua = fua
+        return self._submit(pinned)
+
+    def set_geometry(self, block_bytes, max_transfer_bytes):
+        if self._session == NULL:
+            raise ValueError("the session is closed")
+        if not 0 < block_bytes <= max_transfer_bytes:
+            raise ValueError("a transfer is at least one block")
+        csv_session_set_geometry(self._session, block_bytes, max_transfer_bytes)
+        self._block_bytes = block_bytes
+
+    def read(self, uint64_t offset_bytes, buffer, token):
+        self._transfer(CSV_READ, offset_bytes, buffer, PyBUF_WRITABLE, False, token)
+
+    def write(self, uint64_t offset_bytes, data, bint fua, token):
+        self._transfer(CSV_WRITE, offset_bytes, data, PyBUF_SIMPLE, fua, token)
+
+    def scsi(self, bytes cdb, token, *, data_in=None, data_out=None, timeout_ms=0):
+        cdef pinned_request *pinned
+        cdef uint32_t limit_ms = timeout_ms
+        if not 6 <= len(cdb) <= 16:
+            raise ValueError("a command block has 6 to 16 bytes")
+        if data_in is not None and data_out is not None:
+            raise ValueError("a command moves data one way")
+        if data_in is not None:
+            pinned = self._new(CSV_SCSI, data_in, PyBUF_WRITABLE, token)
+            pinned.request.direction = CSV_DATA_IN
+        else:
+            pinned = self._new(CSV_SCSI, data_out, PyBUF_SIMPLE, token)
+            pinned.request.direction = CSV_NO_DATA if data_out is None else CSV_DATA_OUT
+        pinned.request.cdb_bytes = <uint8_t>len(cdb)
+        memcpy(pinned.request.cdb, <char *>cdb, len(cdb))
+        pinned.request.timeout_ms = limit_ms
+        self._submit(pinned)
+
+    def task_management(self, uint8_t function, token, *, timeout_ms=0):
+        cdef uint32_t limit_ms = timeout_ms
+        cdef pinned_request *pinned = self._new(CSV_TASK, None, 0, token)
+        pinned.request.function = function
+        pinned.request.timeout_ms = limit_ms
+        self._submit(pinned)
+
+    def logout(self, token, *, timeout_ms=0):
+        cdef uint32_t limit_ms = timeout_ms
+        cdef pinned_request *pinned = self._new(CSV_LOGOUT, None, 0, token)
+        pinned.request.timeout_ms = limit_ms
+        self._submit(pinned)
+
+    cdef int _reap_into(self, list ended) except -1:
+        cdef csv_request *request = csv_session_reap(self._session)
+        cdef csv_request *later
+        cdef pinned_request *pinned
+        while request != NULL:
+            later = request.next
+            pinned = <pinned_request *>request
+            if ended is not None:
+                if request.outcome == CSV_DONE and request.residual == 0:
+                    ended.append((<object>pinned.token, None))
+                else:
+                    ended.append((<object>pinned.token, _completion(request)))
+            self._release(pinned)
+            request = later
+        return 0
+
+    def reap(self):
+        cdef list ended = []
+        if self._session != NULL:
+            self._reap_into(ended)
+        return ended
+
+    def abort(self):
+        if self._session != NULL:
+            csv_session_abort(self._session)
+
+    def close(self):
+        cdef list ended = []
+        if self._session != NULL:
+            with nogil:
+                csv_session_close(self._session)
+            self._reap_into(ended)
+            csv_session_free(self._session)
+            self._session = NULL
+        return ended
+
+    def fileno(self):
+        return -1 if self._session == NULL else csv_session_fd(self._session)
+
+    @property
+    def lost(self):
+        return self._session == NULL or csv_session_lost(self._session)
+
+    @property
+    def text(self):
+        if self._session == NULL:
+            return ""
+        return csv_session_text(self._session).decode(errors="replace")
+
+    def statistics(self):
+        cdef csv_statistics shown
+        if self._session == NULL:
+            raise ValueError("the session is closed")
+        csv_session_statistics(self._session, &shown)
+        return {
+            "commands": shown.commands,
+            "pings": shown.pings,
+            "in_flight": shown.in_flight,
+            "peak_in_flight": shown.peak_in_flight,
+            "window": shown.window,
+        }

@@ -1,0 +1,88 @@
+/* What session.c, command.c and login.c share. Everything here belongs to the session's thread, but
+ * for the members that say otherwise. */
+#ifndef CSVFS_INTERNAL_H
+#define CSVFS_INTERNAL_H
+
+#include <pthread.h>
+
+#include <iscsi/iscsi.h>
+#include <iscsi/scsi-lowlevel.h>
+
+#include "queue.h"
+#include "session.h"
+
+enum csv_phase {
+    CSV_CONNECTING, /* until the target's answer to the login */
+    CSV_UP,
+    CSV_DOWN, /* no libiscsi context: every submission ends as CSV_UNKNOWN */
+};
+
+/* One command on the wire: a request, or the part of it that fits max_transfer_bytes. */
+struct csv_piece {
+    struct csv_piece *previous, *next; /* in flight, oldest first; or free, by `next` */
+    struct csv_session *session;
+    struct csv_request *request;
+    struct scsi_task *task; /* NULL for task management and logout */
+    struct scsi_iovec data;
+    uint64_t deadline_ms;
+};
+
+struct csv_session {
+    struct csv_config config;
+    char portal[CSV_TEXT_BYTES], target[CSV_TEXT_BYTES], initiator[CSV_TEXT_BYTES];
+    char user[CSV_TEXT_BYTES], password[CSV_TEXT_BYTES];
+
+    struct iscsi_context *context;
+    enum csv_phase phase;
+    bool losing;     /* the context must go, at the next safe place; callbacks only set this */
+    bool destroying; /* libiscsi is cancelling what it still has */
+    bool redirected; /* the target named another portal to log in to */
+    int redirects;
+    uint64_t login_deadline_ms;
+    struct csv_request *login;
+
+    struct csv_request *pending, *pending_last; /* not yet (wholly) on the wire, in order */
+    struct csv_piece pieces[CSV_MAX_IN_FLIGHT];
+    struct csv_piece *free_pieces, *oldest, *newest;
+    uint32_t in_flight;
+    uint32_t window;  /* in_flight stays below */
+    uint32_t proven;  /* so many in flight never met a closed window */
+    uint64_t widen_at_ms;
+    uint64_t earliest_deadline_ms; /* a lower bound; UINT64_MAX if nothing is in flight */
+    uint32_t block_bytes, max_transfer_bytes; /* set by the owner before the first READ */
+
+    uint64_t now_ms, heard_ms; /* the last byte from the target */
+    bool ping_out;
+    uint64_t ping_sent_ms;
+
+    /* Shared with other threads. */
+    pthread_t thread;
+    bool joined;
+    int submit_fd, complete_fd;
+    struct csv_queue submitted, completed;
+    atomic_bool sleeping; /* the thread is about to poll: a submission must wake it */
+    atomic_bool abort_wanted, close_wanted, lost;
+    char text[CSV_TEXT_BYTES]; /* written once, before `lost` is */
+    atomic_uint_fast64_t commands, pings;
+    atomic_uint_fast32_t shown_in_flight, peak_in_flight, shown_window;
+};
+
+/* session.c */
+void csv_lose(struct csv_session *session, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+void csv_finish(struct csv_session *session, struct csv_request *request);
+
+/* login.c */
+bool csv_login_start(struct csv_session *session);
+void csv_login_redirect(struct csv_session *session);
+void csv_context_destroy(struct csv_session *session);
+
+/* command.c */
+void csv_enqueue(struct csv_session *session, struct csv_request *request);
+void csv_issue(struct csv_session *session);
+void csv_ping(struct csv_session *session);
+void csv_check_deadlines(struct csv_session *session);
+void csv_forgive(struct csv_session *session, uint64_t slept_ms);
+void csv_fail_everything(struct csv_session *session);
+
+#endif
