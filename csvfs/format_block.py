@@ -132,7 +132,7 @@ def verify(
 
     ``volume_id`` None accepts any volume (only for a superblock), ``owner`` None any owner.
     """
-    if len(block) < HEADER_BYTES:
+    if len(block) < BLOCK_BYTES:
         raise BadBlock(address, kind, f"it has {len(block)} bytes")
     magic, kind_, _, crc, _, volume_id_, address_, version, owner_, _ = HEADER.unpack_from(block)
     view = memoryview(block)

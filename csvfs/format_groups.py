@@ -58,6 +58,7 @@ class UnitState(IntEnum):
 
 
 class GroupFlag(IntFlag):
+    NONE = 0
     UNINIT = 1
     """No map block of the group was ever written."""
 

@@ -51,8 +51,8 @@ assert MAX_SYMLINK_BYTES <= INODE_ROOT_BYTES + PAYLOAD_BYTES
 
 # -- B-tree nodes --------------------------------------------------------------------------------
 NODE_HEADER: Final = Struct("<BBHHHQ")
-"""level (0: leaf), kind, count, heap start, heap free, 0. The heap fields are offsets and bytes
-inside the node area and used by leaves of variable values only."""
+"""level (0: leaf), kind, count, heap, garbage, 0. Variable leaves only: the lowest byte of the
+heap in use, and the bytes in it that belong to no entry (`btree_node`)."""
 NODE_HEADER_BYTES: Final = 16
 NODE_OFFSET: Final = HEADER_BYTES
 """Where the node area begins in TREE_NODE, ORPHAN_ROOT and RECLAIM_ROOT blocks."""
