@@ -1,0 +1,206 @@
+"""What happens to a node's lock manager (events) and what it wants done (effects).
+
+A step takes one event and the time, and returns effects in order. Claims are the only objects
+with an identity here: the shell makes them, the core grants them.
+
+    event                       followed by
+    Acquire, Convert            Grant or Deny of that claim, once, unless it is withdrawn before
+    Release, Withdraw           nothing that concerns the claim
+    Demoted                     (the answer to Demote)
+    AwaitDrain                  Drained
+    Glimpse                     Glimpsed with that ticket
+    Answered                    (the answer to Answer)
+    TimerDue, Deliver, Close    whatever they cause
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lockmgr.claim import Claim
+from lockmgr.messages import AnyMessage, Resource
+from lockmgr.modes import Mode
+from lockmgr.snapshot import LockSnapshot
+
+
+class Patience(Enum):
+    """How far an `Acquire` or `Convert` may go before it is denied."""
+
+    NONE = "answer within this step: neither wait nor ask another node"
+    NO_QUEUE = "ask the master, but wait for no holder"
+    QUEUE = "wait"
+
+
+# -- events ------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """A task wants ``claim.resource`` in ``claim.mode``; ``timeout_s`` counts with QUEUE only."""
+
+    claim: Claim
+    patience: Patience = Patience.QUEUE
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Convert:
+    """The holder of ``claim`` wants ``mode`` instead, and keeps what it has until then."""
+
+    claim: Claim
+    mode: Mode
+    patience: Patience = Patience.QUEUE
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The holder of ``claim`` is done with it."""
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """The task that waits for ``claim`` was cancelled; a converting claim keeps its old mode."""
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Demoted:
+    """The owner's ``demote`` of this resource has returned."""
+
+    resource: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitDrain:
+    """From within ``demote``: let no claim in above its mode, tell when the last is gone."""
+
+    resource: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """A task asks the cluster's writer of ``resource``, if there is one, for its glimpse."""
+
+    resource: Resource
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The owner's answer to a glimpse."""
+
+    resource: Resource
+    asker: int
+    serial: int
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TimerDue:
+    """The time that ``next_timer`` named has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """A message from another node."""
+
+    message: AnyMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Give up every lock as soon as no task uses it; `Emptied` follows, each time none is left."""
+
+
+Event = (
+    Acquire
+    | Convert
+    | Release
+    | Withdraw
+    | Demoted
+    | AwaitDrain
+    | Glimpse
+    | Answered
+    | TimerDue
+    | Deliver
+    | Close
+)
+
+
+# -- effects -----------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The claim is held in its mode; wake its task."""
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Deny:
+    """The claim is not granted (a conversion: keeps its old mode); wake its task.
+
+    ``snapshot``: who was in the way; None for Patience.NONE, where nobody reads it.
+    """
+
+    claim: Claim
+    snapshot: LockSnapshot | None
+
+
+@dataclass(frozen=True, slots=True)
+class Demote:
+    """Have the owner prepare to keep ``to_mode`` only; answer with `Demoted`."""
+
+    resource: Resource
+    to_mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """No claim above the mode of the demotion is left and none is let in; or the demotion has to
+    be repeated anyway, because the master granted something while the owner waited.
+    """
+
+    resource: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Have the owner glimpse; answer with `Answered`."""
+
+    resource: Resource
+    asker: int
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpsed:
+    """The answer to a `Glimpse`; None: nobody holds PW or EX."""
+
+    ticket: int
+    answer: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send ``message`` to another node."""
+
+    to: int
+    message: AnyMessage
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRefused:
+    """A message of another epoch arrived; it changed nothing."""
+
+    message: AnyMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Emptied:
+    """After `Close`: the node holds and awaits nothing."""
+
+
+Effect = Grant | Deny | Demote | Drained | Answer | Glimpsed | Send | EpochRefused | Emptied

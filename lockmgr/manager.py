@@ -1,0 +1,427 @@
+"""The trio shell of the lock manager: tasks wait, owners demote, the clock ticks.
+
+    async with open_lock_manager() as manager:
+        manager.register_owner(b"inode", owner)
+        async with manager.acquire(resource, Mode.EX, shared_here=True) as lock:
+            ...
+
+What is decided, and why, is in `lockmgr.core`; here are only tasks. Concurrency: all state belongs
+to the core and changes only in `LockCore.step` and the two shortcuts of `NodeLocks`, none of which
+awaits. One task sleeps until the core's next timer. Each run of an owner's ``demote`` or
+``glimpse`` is a task of the nursery; an exception that escapes from one ends the nursery, because
+a lock whose data could not be written back must neither be given up nor kept in silence.
+
+Cancellation: a task that waits may be cancelled at any time. Its claim is then withdrawn within
+the same instant, or it had been granted before and the task is told so; never both, never neither.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import trio
+
+from lockmgr import events
+from lockmgr.claim import Claim, ClaimState
+from lockmgr.core import LockCore
+from lockmgr.errors import LockTimeout, ManagerClosed
+from lockmgr.events import Patience
+from lockmgr.messages import Resource
+from lockmgr.modes import Mode
+from lockmgr.node import Settings
+from lockmgr.snapshot import LockSnapshot, Statistics
+
+log = logging.getLogger("lockmgr")
+
+CLOSE_REMINDER_S = 10.0
+
+
+class ResourceOwner(Protocol):
+    """What the user of the lock manager does for one kind of resource."""
+
+    async def demote(self, resource: Resource, to_mode: Mode) -> None:
+        """Make it true that the node may go on with ``to_mode`` only (NL: with nothing).
+
+        Write back what a stronger mode allowed to change, forget what a stronger mode allowed to
+        cache. The lock is still held until this returns, and claims are still granted; if one
+        above ``to_mode`` was, this is called once more, with such claims waiting for its end.
+        Whoever wants to spare the second call awaits `LockManager.drain` before its last flush.
+        Not to be cancelled by the callee; an exception is fatal to the lock manager.
+        """
+
+    async def glimpse(self, resource: Resource) -> bytes:
+        """What another node wants to know of a resource that this one holds in PW or EX."""
+
+
+class Lock(Claim):
+    """A claim that `LockManager.acquire` granted. It may outlive the scope that acquired it.
+
+    ``with`` and ``async with`` release it at the end, unless it has been released before.
+    """
+
+    __slots__ = ("_manager", "_snapshot", "_task")
+
+    def __init__(
+        self, manager: LockManager, resource: Resource, mode: Mode, shared_here: bool
+    ) -> None:
+        super().__init__(resource, mode, shared_here)
+        self._manager = manager
+        self._task: trio.lowlevel.Task | None = None
+        self._snapshot: LockSnapshot | None = None
+
+    @property
+    def held(self) -> bool:
+        """True from grant to release."""
+        return self.lock is not None
+
+    @property
+    def value(self) -> bytes | None:
+        """The 64-byte lock value block; None while it is not valid.
+
+        In PR and above it is the current one, below it is as old as the node's last grant. Raises
+        `ValueError` if the lock is not held.
+        """
+        if self.lock is None:
+            raise ValueError(f"{self} is not held")
+        return self.lock.value.data
+
+    def set_value(self, value: bytes | None) -> None:
+        """Change the value block; None makes it not valid. The other tasks of this node see it at
+        once, other nodes with their next grant.
+
+        Raises `ValueError` unless the lock is held in PW or EX and ``value`` has 64 bytes.
+        """
+        self._manager.core.locks.set_value(self, value)
+
+    async def convert(self, mode: Mode, *, timeout_s: float | None = None) -> None:
+        """Have ``mode`` instead; until then, and if it fails, keep the present one.
+
+        Conversions go before new claims. Two holders that both convert to a stronger mode wait
+        for each other for ever: convert only where the order of locks excludes that, or with a
+        timeout. Raises `LockTimeout`.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        patience = Patience.NO_QUEUE if timeout_s == 0 else Patience.QUEUE
+        await self._manager._wait(
+            self, events.Convert(self, mode, patience, timeout_s), f"{mode} instead of {self.mode}"
+        )
+
+    def try_convert(self, mode: Mode) -> bool:
+        """Convert within this instant; False: it would have to wait, and nothing was changed."""
+        self._manager._step(events.Convert(self, mode, Patience.NONE))
+        return self.mode is mode
+
+    def release(self) -> None:
+        """Give the claim back. The node keeps the lock cached until others want it."""
+        if not self._manager.core.locks.drop(self):
+            self._manager._step(events.Release(self))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.lock is not None:
+            self.release()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.lock is not None:
+            self.release()
+
+
+class Acquisition:
+    """What `LockManager.acquire` returns: await it for a `Lock`, or ``async with`` it."""
+
+    __slots__ = ("_lock", "_manager", "_timeout_s")
+
+    def __init__(self, manager: LockManager, lock: Lock, timeout_s: float | None) -> None:
+        self._manager = manager
+        self._lock = lock
+        self._timeout_s = timeout_s
+
+    def __await__(self) -> Generator[Any, Any, Lock]:
+        return self._manager._acquire(self._lock, self._timeout_s).__await__()
+
+    async def __aenter__(self) -> Lock:
+        return await self._manager._acquire(self._lock, self._timeout_s)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock.held:
+            self._lock.release()
+
+
+class LockManager:
+    """The locks of one node of the cluster (so far: of its only node).
+
+    ``nursery`` runs timers and owners; see `open_lock_manager`. ``node`` and ``epoch`` come from
+    the cluster's view.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        *,
+        node: int = 0,
+        epoch: int = 1,
+        settings: Settings | None = None,
+    ) -> None:
+        self.core = LockCore(node, epoch, settings)
+        self._nursery = nursery
+        self._owners: dict[bytes, ResourceOwner] = {}
+        self._prefixes: list[bytes] = []
+        self._timer = trio.CancelScope()
+        self._glimpses: dict[int, tuple[trio.Event, list[bytes | None]]] = {}
+        self._drains: dict[bytes, trio.Event] = {}
+        self._ticket = 0
+        self._emptied = trio.Event()
+        self._closed = False
+        nursery.start_soon(self._tick, name="lockmgr timer")
+
+    def register_owner(self, prefix: bytes, owner: ResourceOwner) -> None:
+        """``owner`` demotes and glimpses resources whose name begins with ``prefix``.
+
+        The longest prefix that fits decides. Resources without an owner are given up as they are.
+        Raises `ValueError` if the prefix has an owner.
+        """
+        if prefix in self._owners:
+            raise ValueError(f"resources {prefix!r} have an owner already")
+        self._owners[prefix] = owner
+        self._prefixes = sorted(self._owners, key=len, reverse=True)
+
+    # -- locking ---------------------------------------------------------------------------
+    def acquire(
+        self,
+        resource: Resource,
+        mode: Mode,
+        shared_here: bool = False,
+        timeout_s: float | None = None,
+    ) -> Acquisition:
+        """Await a `Lock` on ``resource``, or hold it with ``async with``.
+
+        ``shared_here``: stand beside every other claim of this node that says so too, whatever
+        the modes; towards other nodes and other claims the mode counts as it is. ``timeout_s`` 0:
+        ask the master, but wait for no holder. A task that already holds the resource must not
+        acquire it again; it converts.
+
+        Raises `LockTimeout`, `ManagerClosed`.
+        """
+        return Acquisition(self, Lock(self, resource, mode, shared_here), timeout_s)
+
+    def try_acquire(self, resource: Resource, mode: Mode, shared_here: bool = False) -> Lock | None:
+        """A `Lock` within this instant, or None: it would have to wait, be it for a holder, for
+        a demotion, or for the answer of a master on another node. To be called in a trio task.
+        """
+        lock = Lock(self, resource, mode, shared_here)
+        lock.holder = trio.lowlevel.current_task().name
+        if self.core.locks.try_claim(lock, trio.current_time()):
+            return lock
+        self._refuse_if_closed()
+        self._step(events.Acquire(lock, Patience.NONE))
+        return lock if lock.lock is not None else None
+
+    async def _acquire(self, lock: Lock, timeout_s: float | None) -> Lock:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        lock.holder = trio.lowlevel.current_task().name
+        if self.core.locks.try_claim(lock, trio.current_time()):
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return lock
+        self._refuse_if_closed()
+        patience = Patience.NO_QUEUE if timeout_s == 0 else Patience.QUEUE
+        event = events.Acquire(lock, patience, timeout_s)
+        await self._wait(lock, event, f"{lock.mode}{' shared here' * lock.shared_here}")
+        return lock
+
+    async def _wait(self, lock: Lock, event: events.Event, what: str) -> None:
+        started = trio.current_time()
+        before = lock.state
+        lock._snapshot = None
+        self._step(event)
+        if lock.state is ClaimState.WAITING or lock.state is ClaimState.CONVERTING:
+            lock._task = trio.lowlevel.current_task()
+
+            def withdraw(_raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+                lock._task = None
+                self._step(events.Withdraw(lock))
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(withdraw)
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        snapshot = lock._snapshot
+        if snapshot is not None:
+            lock._snapshot = None
+            waited_s = trio.current_time() - started
+            verb = "acquire" if before is ClaimState.NEW else "convert to"
+            raise LockTimeout(
+                f"{lock.holder} could not {verb} {what} within {waited_s:.1f} s", snapshot
+            )
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise ManagerClosed("the lock manager has been closed")
+
+    async def drain(self, resource: Resource) -> None:
+        """From within ``demote``: from now on claims above its mode wait; return when none is left.
+
+        What the owner writes back after this is the last that there is, so the lock is given up
+        without another call of ``demote``. Nothing that the owner still awaits may need such a
+        claim.
+        """
+        event = self._drains.setdefault(resource.name, trio.Event())
+        self._step(events.AwaitDrain(resource))
+        await event.wait()
+
+    async def glimpse(self, resource: Resource) -> bytes | None:
+        """What the owner at the node that holds PW or EX says; that node gives nothing up.
+
+        None: nobody holds them, so acquire the lock instead.
+        """
+        self._ticket += 1
+        ticket = self._ticket
+        done, answers = self._glimpses[ticket] = (trio.Event(), [])
+        try:
+            self._step(events.Glimpse(resource, ticket))
+            await done.wait()
+        finally:
+            del self._glimpses[ticket]
+        return answers[0]
+
+    # -- what there is ---------------------------------------------------------------------
+    def statistics(self) -> Statistics:
+        """Counters and gauges."""
+        return self.core.statistics()
+
+    def snapshot(self) -> list[LockSnapshot]:
+        """Every lock this node has or awaits, with the tasks that use and await it."""
+        now = trio.current_time()
+        return [lock.snapshot(now) for lock in self.core.locks.locks.values()]
+
+    async def aclose(self) -> None:
+        """Give up every lock through its owner; return when nothing is held.
+
+        Owners may still acquire locks meanwhile. Waits for locks that tasks hold, and logs who
+        they are every 10 s.
+        """
+        if self._closed:
+            return
+        self._emptied = trio.Event()
+        self._step(events.Close())
+        while self.core.locks.locks:
+            with trio.move_on_after(CLOSE_REMINDER_S):
+                await self._emptied.wait()
+            for lock in self.snapshot():
+                if lock.holders or lock.waiters:
+                    log.warning("still closing: %s", lock.sentence())
+        self._closed = True
+        self._timer.cancel()
+        await trio.lowlevel.checkpoint()
+
+    # -- effects ---------------------------------------------------------------------------
+    def _step(self, event: events.Event) -> None:
+        for effect in self.core.step(event, trio.current_time()):
+            match effect:
+                case events.Grant(claim):
+                    self._wake(claim)
+                case events.Deny(claim, snapshot):
+                    assert isinstance(claim, Lock)
+                    claim._snapshot = snapshot
+                    self._wake(claim)
+                case events.Demote(resource, to_mode):
+                    self._nursery.start_soon(self._demote, resource, to_mode)
+                case events.Drained(resource):
+                    self._drained(resource)
+                case events.Answer():
+                    self._nursery.start_soon(self._answer, effect)
+                case events.Glimpsed(ticket, answer):
+                    self._glimpsed(ticket, answer)
+                case events.Emptied():
+                    self._emptied.set()
+                case _:
+                    raise AssertionError(f"a cluster of one node has nobody for {effect}")
+        due = _or_never(self.core.next_timer())
+        if due != self._timer.deadline:
+            self._timer.deadline = due
+
+    def _wake(self, claim: Claim) -> None:
+        assert isinstance(claim, Lock)
+        task, claim._task = claim._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    def _drained(self, resource: Resource) -> None:
+        waiting = self._drains.pop(resource.name, None)  # None: the owner was cancelled
+        if waiting is not None:
+            waiting.set()
+
+    def _glimpsed(self, ticket: int, answer: bytes | None) -> None:
+        waiter = self._glimpses.get(ticket)  # None: its task was cancelled
+        if waiter is not None:
+            waiter[1].append(answer)
+            waiter[0].set()
+
+    def _owner(self, resource: Resource) -> ResourceOwner | None:
+        for prefix in self._prefixes:
+            if resource.name.startswith(prefix):
+                return self._owners[prefix]
+        return None
+
+    async def _demote(self, resource: Resource, to_mode: Mode) -> None:
+        owner = self._owner(resource)
+        if owner is not None:
+            await owner.demote(resource, to_mode)
+        self._drains.pop(resource.name, None)
+        self._step(events.Demoted(resource))
+
+    async def _answer(self, question: events.Answer) -> None:
+        owner = self._owner(question.resource)
+        answer = b"" if owner is None else await owner.glimpse(question.resource)
+        self._step(events.Answered(question.resource, question.asker, question.serial, answer))
+
+    async def _tick(self) -> None:
+        while not self._closed:
+            self._timer = trio.CancelScope(deadline=_or_never(self.core.next_timer()))
+            with self._timer:
+                await trio.sleep_forever()
+            if not self._closed:
+                self._step(events.TimerDue())
+
+
+def _or_never(when: float | None) -> float:
+    return float("inf") if when is None else when
+
+
+@asynccontextmanager
+async def open_lock_manager(
+    *, node: int = 0, epoch: int = 1, settings: Settings | None = None
+) -> AsyncIterator[LockManager]:
+    """A lock manager with a nursery of its own.
+
+    At the end of the block every lock is given up through its owner. If the block raises, nothing
+    is: owners are cancelled, and what only they knew is lost as in a crash.
+    """
+    async with trio.open_nursery() as nursery:
+        manager = LockManager(nursery, node=node, epoch=epoch, settings=settings)
+        yield manager
+        await manager.aclose()
+        nursery.cancel_scope.cancel()
