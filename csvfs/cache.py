@@ -79,7 +79,7 @@ class BlockCache:
     ) -> None:
         self._device = device
         self._volume_id = volume_id
-        self._resource_of = resource_of
+        self.resource_of = resource_of
         self._blocks: dict[int, CachedBlock] = {}
         self._clean: OrderedDict[int, CachedBlock] = OrderedDict()
         self._by_resource: dict[Hashable, set[int]] = {}
@@ -139,7 +139,7 @@ class BlockCache:
             if load is not None:
                 others.append(load)
             else:
-                self._loading[key.address] = _Load(self._resource_of(*key[1:]))
+                self._loading[key.address] = _Load(self.resource_of(*key[1:]))
                 mine.append(key)
         try:
             await self._read_runs(list(_runs(mine)))
@@ -204,7 +204,7 @@ class BlockCache:
         if block is None or image.fresh:
             self.forget(address)
             key = BlockKey(address, image.kind, image.owner, image.flags)
-            block = self._insert(key, self._resource_of(*key[1:]), image.data)
+            block = self._insert(key, self.resource_of(*key[1:]), image.data)
         block.data = image.data
         if not block.pinned:
             block.pinned = True
@@ -242,6 +242,10 @@ class BlockCache:
         for load in self._loading.values():
             if load.resource == resource:
                 load.void = True
+
+    def pinned(self) -> set[int]:
+        """Addresses of the blocks that the journal still needs."""
+        return self._blocks.keys() - self._clean.keys()
 
     def owned(self, resource: Hashable) -> frozenset[int]:
         """Addresses of the cached blocks that a lock covers."""
