@@ -20,8 +20,9 @@ from lockmgr.messages import (
     Request,
     Resource,
 )
-from lockmgr.node import NodeLocks, Settings
+from lockmgr.node import NodeLocks
 from lockmgr.resource import Master
+from lockmgr.settings import Settings
 from lockmgr.snapshot import Statistics
 
 

@@ -1,14 +1,10 @@
 """The node's side: what one node holds on every resource, as a pure state machine.
 
-`lockmgr.claim` has the theory of a single lock: claims, the phases of giving up, the gate. This
-module drives it: it answers tasks, asks masters, answers what masters say, keeps the cache within
-its cap and wakes up for deadlines and minimum hold times.
-
-- A claim goes in first come, first served; conversions first. The head of the queue makes the
-  node ask the master for what all claims and it need together, once it fits beside them.
-- A lock that no claim uses stays cached. Beyond ``cache_limit`` the least recently used ones are
-  given up, at most ``shed_at_once`` at a time.
-- After a grant the node keeps a lock for ``min_hold_s`` whatever others want.
+`lockmgr.claim` has the theory of a single lock: claims, the phases of giving up, the gate;
+`lockmgr.progress` what follows from a change. This module brings the changes: tasks that want
+and release, owners that have finished, masters that say something, times that have come. And it
+keeps the cache: a lock that no claim uses stays, but beyond ``cache_limit`` the least recently
+used ones are given up, at most ``shed_at_once`` at a time.
 
 Two ways in. `step` takes any event. `try_claim` and `drop` are the same as a step with `Acquire`
 (Patience.NONE) or `Release` where nothing needs to be done beyond counting the claim in or out;
@@ -22,9 +18,8 @@ invariants (`check`), beside those of each lock:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from lockmgr.claim import Claim, ClaimState, NodeLock, Obstacle, Phase
+from lockmgr.claim import Claim, ClaimState, NodeLock, Phase
 from lockmgr.errors import ProtocolViolation
 from lockmgr.events import (
     Acquire,
@@ -33,7 +28,6 @@ from lockmgr.events import (
     AwaitDrain,
     Close,
     Convert,
-    Demote,
     Demoted,
     Deny,
     Drained,
@@ -52,68 +46,21 @@ from lockmgr.events import (
 from lockmgr.messages import (
     AskGlimpse,
     Blocking,
-    Cancel,
     GlimpseAnswer,
     Granted,
-    Lower,
     NodeBound,
     Probe,
     Refused,
-    Request,
     Resource,
     Unblocking,
     ValueBlock,
 )
-from lockmgr.modes import COMPATIBLE, COVERS, JOIN, WRITES_VALUE, Mode, meet, yielded
-from lockmgr.timers import Timers
+from lockmgr.modes import COMPATIBLE, COVERS, JOIN, WRITES_VALUE, Mode
+from lockmgr.progress import Progress
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What an administrator may want to change."""
-
-    cache_limit: int = 20_000
-    """Locks that are cached though no task uses them."""
-    shed_at_once: int = 32
-    """Demotions for want of room that run at the same time."""
-    min_hold_s: float = 0.01
-    """How long a granted lock stays with the node though others wait."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """See `lockmgr.snapshot.Statistics`."""
-
-    cached_grants: int = 0
-    master_grants: int = 0
-    blocking_notifications: int = 0
-    demotions: int = 0
-    demote_passes: int = 0
-    shed: int = 0
-    glimpses: int = 0
-    timeouts: int = 0
-
-
-class NodeLocks:
+class NodeLocks(Progress):
     """All locks of node ``node``; ``master_of`` names the node to send requests to."""
-
-    def __init__(
-        self, node: int, epoch: int, master_of: Callable[[Resource], int], settings: Settings
-    ) -> None:
-        self.node = node
-        self.epoch = epoch
-        self.settings = settings
-        self.counters = Counters()
-        self.locks: dict[bytes, NodeLock] = {}
-        self.idle: dict[NodeLock, None] = {}
-        self._idle_limit = settings.cache_limit
-        self._master_of = master_of
-        self._serial = 0
-        self._shedding = 0
-        self._closing = False
-        self._timers: Timers[Claim | NodeLock] = Timers(self._still_due)
-        self._out: list[Effect] = []
-        self._now = 0.0
 
     # -- the hot path ----------------------------------------------------------------------
     def try_claim(self, claim: Claim, now: float) -> bool:
@@ -252,20 +199,6 @@ class NodeLocks:
         self._unqueue(lock, claim)
         self._advance(lock)
 
-    def _unqueue(self, lock: NodeLock, claim: Claim) -> None:
-        claim.deadline = None
-        claim.wanted_mode = claim.mode
-        if claim.state is ClaimState.CONVERTING:
-            lock.converting.remove(claim)
-            claim.state = ClaimState.HELD
-        else:
-            lock.waiting.remove(claim)
-            claim.state = ClaimState.NEW
-
-    def _deny(self, lock: NodeLock, claim: Claim) -> None:
-        self._out.append(Deny(claim, lock.snapshot(self._now)))
-        self._unqueue(lock, claim)
-
     def _demoted(self, event: Demoted) -> None:
         lock = self.locks[event.resource.name]
         assert lock.phase in (Phase.FIRST, Phase.LAST), lock.phase
@@ -304,9 +237,6 @@ class NodeLocks:
                 self.counters.timeouts += 1
                 self._deny(lock, due)
                 self._advance(lock)
-
-    def _still_due(self, when: float, key: Claim | NodeLock) -> bool:
-        return when == (key.timer_at if isinstance(key, NodeLock) else key.deadline)
 
     def _close(self, _event: Close) -> None:
         self._closing = True
@@ -373,175 +303,6 @@ class NodeLocks:
 
     def _glimpse_answer(self, message: GlimpseAnswer) -> None:
         self._out.append(Glimpsed(message.serial, message.answer))
-
-    # -- progress --------------------------------------------------------------------------
-    def _advance(self, lock: NodeLock) -> None:
-        """Do all that has become possible: grant, give up, ask; then note what the lock is now."""
-        while True:
-            while (claim := lock.next_claim()) is not None:
-                self._grant(lock, claim)
-            if not self._phase_changed(lock):
-                break
-        self._ask(lock)
-        self._settle(lock)
-
-    def _grant(self, lock: NodeLock, claim: Claim) -> None:
-        if claim.state is ClaimState.CONVERTING:
-            lock.converting.remove(claim)
-            lock.change(claim, claim.wanted_mode)
-        else:
-            lock.waiting.remove(claim)
-            lock.add(claim)
-        if lock.asked_for is not claim:
-            self.counters.cached_grants += 1
-        claim.deadline = None
-        claim.since = self._now
-        if lock.phase is not Phase.HELD and not COVERS[lock.target][claim.mode]:
-            lock.served = True
-        self._out.append(Grant(claim))
-
-    def _goal(self, lock: NodeLock) -> Mode | None:
-        """The mode that the lock is to be lowered to now; None: no reason to."""
-        held = lock.held
-        if held is None:
-            return None
-        if lock.shed:
-            return Mode.NL
-        if not COMPATIBLE[held][lock.wanted]:
-            hold_ends = lock.granted_at + self.settings.min_hold_s
-            if self._now >= hold_ends or self._closing:
-                return yielded(held, lock.wanted)
-            if lock.timer_at != hold_ends:
-                lock.timer_at = hold_ends
-                self._timers.set(hold_ends, lock)
-            return None
-        first = next(lock.queued, None)
-        if first is not None and lock.asked is None and lock.fits_here(first):
-            need = lock.need(first)
-            if not COVERS[need][held] and not COVERS[held][need]:
-                return meet(held, need)
-        return None
-
-    def _phase_changed(self, lock: NodeLock) -> bool:
-        """Begin or continue to give up. True: the gate has changed, look at the queues again."""
-        if lock.phase is Phase.HELD:
-            goal = self._goal(lock)
-            if goal is None or lock.held is Mode.NL:
-                return False
-            self._begin_pass(lock, Phase.FIRST, goal)
-            return True
-        if lock.phase is Phase.DRAINING:
-            goal = self._goal(lock)
-            if goal is None:
-                lock.phase = Phase.HELD
-                return True
-            lock.target = goal
-            if lock.above_target():
-                return False
-            self._begin_pass(lock, Phase.LAST, goal)
-            return True
-        if lock.drain and not lock.drained and not lock.above_target():
-            lock.drained = True
-            lock.served = False
-            self._out.append(Drained(lock.resource))
-        return False
-
-    def _begin_pass(self, lock: NodeLock, phase: Phase, target: Mode) -> None:
-        lock.phase = phase
-        lock.target = target
-        lock.drain = lock.drained = False
-        lock.served = lock.above_target()
-        self.counters.demote_passes += 1
-        self._out.append(Demote(lock.resource, target))
-
-    def _give_up(self, lock: NodeLock) -> None:
-        """Lower to ``target``: from here on other nodes may have what it does not cover."""
-        assert lock.held is not None
-        lock.phase = Phase.HELD
-        lock.drain = lock.served = False
-        self._no_longer_shed(lock)
-        self.counters.demotions += 1
-        keeps = lock.target is not Mode.NL or bool(lock.claims) or lock.asked is not None
-        self._lower(lock, lock.target if keeps else None)
-
-    def _lower(self, lock: NodeLock, mode: Mode | None) -> None:
-        assert lock.held is not None
-        value: ValueBlock | None = None
-        if lock.value_changed and (mode is None or not WRITES_VALUE[mode]):
-            value = lock.value
-            lock.value_changed = False
-        self._send(Lower(lock.resource, self.epoch, self.node, mode, value))
-        lock.held = mode
-        if mode is None or COMPATIBLE[mode][lock.wanted]:
-            lock.wanted = Mode.NL
-
-    def _no_longer_shed(self, lock: NodeLock) -> None:
-        if lock.shed:
-            lock.shed = False
-            self._shedding -= 1
-
-    # -- towards the master ----------------------------------------------------------------
-    def _head(self, lock: NodeLock) -> Claim | None:
-        """The queued claim whose turn it is and that lacks nothing but the master's grant.
-
-        During a demotion only claims that it waits for may ask; the others' turn comes after it.
-        """
-        for claim in lock.converting:
-            if lock.phase is not Phase.HELD and COVERS[lock.target][claim.mode]:
-                continue
-            waits_for_master = lock.obstacle(claim) is Obstacle.MASTER
-            if waits_for_master and lock.fits_here(claim) and lock.has_turn(claim):
-                return claim
-        if lock.converting or lock.phase is not Phase.HELD or not lock.waiting:
-            return None
-        claim = lock.waiting[0]
-        waits_for_master = lock.obstacle(claim) is Obstacle.MASTER
-        return claim if waits_for_master and lock.fits_here(claim) else None
-
-    def _ask(self, lock: NodeLock) -> None:
-        if lock.asked is not None:
-            self._reconsider(lock)
-            return
-        claim = self._head(lock)
-        if claim is None:
-            lock.asked_for = None
-            return
-        self._serial += 1
-        lock.serial = self._serial
-        lock.asked = lock.need(claim)
-        lock.asked_for = claim
-        self._send(
-            Request(lock.resource, self.epoch, self.node, lock.serial, lock.asked, claim.queue)
-        )
-
-    def _reconsider(self, lock: NodeLock) -> None:
-        """Cancel a request that is no longer what somebody waits for."""
-        claim = lock.asked_for
-        if claim is None or claim.state not in (ClaimState.WAITING, ClaimState.CONVERTING):
-            claim = lock.asked_for = next(lock.queued, None)
-        if lock.cancelled or (claim is not None and lock.need(claim) == lock.asked):
-            return
-        lock.cancelled = True
-        self._send(Cancel(lock.resource, self.epoch, self.node, lock.serial))
-
-    def _send(self, message: Request | Cancel | Lower | AskGlimpse) -> None:
-        self._out.append(Send(self._master_of(message.resource), message))
-
-    # -- the cache -------------------------------------------------------------------------
-    def _settle(self, lock: NodeLock) -> None:
-        lock.calm = lock.phase is Phase.HELD and not lock.converting and not lock.waiting
-        unused = lock.calm and not lock.claims and lock.asked is None
-        if unused and lock.held in (None, Mode.NL):
-            if lock.held is not None:
-                self._no_longer_shed(lock)
-                self._lower(lock, None)
-            lock.timer_at = None
-            del self.locks[lock.resource.name]
-            self.idle.pop(lock, None)
-        elif unused:
-            self.idle[lock] = None
-        else:
-            self.idle.pop(lock, None)
 
     def set_value(self, claim: Claim, data: bytes | None) -> None:
         """Change the value block under a claim in PW or EX. Raises `ValueError` otherwise."""
