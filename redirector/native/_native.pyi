@@ -1,8 +1,8 @@
 """One iSCSI session on a thread of its own, without the GIL (see session.h for the contract).
 
-Every submitting method takes a *token*, any object, and returns at once. `Session.reap` gives the
-token back when the command has ended: exactly once, and never before. Until then the buffer is pinned
-(a `bytearray` cannot be resized, a `memoryview` not released) and must not be changed.
+Every submitting method takes a *token*, any object, and returns at once. `Session.reap` gives
+the token back when the command has ended: exactly once, and never before. Until then the buffer
+is pinned (a `bytearray` cannot be resized, a `memoryview` not released) and must not be changed.
 """
 
 from typing import Generic, TypedDict, TypeVar
@@ -13,8 +13,8 @@ MAX_IN_FLIGHT: int
 """Commands that one session may have on the wire."""
 
 def isid_valid(isid: int) -> bool:
-    """Whether libiscsi can log in with this 48-bit ISID: any of type 00b (OUI), and those of types 01b
-    and 10b (enterprise number, random) whose low six bits of the first byte are 0."""
+    """Whether libiscsi can log in with this 48-bit ISID: any of type 00b (OUI), and those of types
+    01b and 10b (enterprise number, random) whose low six bits of the first byte are 0."""
 
 class Completion:
     """Why a command did not simply succeed."""
@@ -24,7 +24,7 @@ class Completion:
         """True: no answer, it may or may not have been done. False: the target answered."""
     @property
     def status(self) -> int:
-        """SAM-5 status; for task management the response, for a login the status class and detail."""
+        """SAM-5 status; of task management the response, of a login status class and detail."""
     @property
     def sense(self) -> bytes:
         """Sense data (SPC-4 4.5), for status 02h."""
@@ -62,10 +62,11 @@ class Session(Generic[T]):
     ) -> None:
         """Start to log in; ``token`` comes back when that has ended.
 
-        ``portal`` is numeric. After ``ping_interval_ms`` (0: never) without a byte from the target it
-        is pinged (NOP-Out); ``ping_timeout_ms`` more without one, or one command unanswered for
-        ``command_timeout_ms``, and the session is lost. Raises `ValueError` for a name that is too
-        long or an ISID that is not `isid_valid`, `OSError` when there is no thread or descriptor.
+        ``portal`` is numeric. After ``ping_interval_ms`` (0: never) without a byte from the
+        target it is pinged (NOP-Out); ``ping_timeout_ms`` more without one, or one command
+        unanswered for ``command_timeout_ms``, and the session is lost. Raises `ValueError` for a
+        name that is too long or an ISID that is not `isid_valid`, `OSError` when there is no
+        thread or descriptor.
         """
 
     def set_geometry(self, block_bytes: int, max_transfer_bytes: int) -> None:

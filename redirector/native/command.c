@@ -42,7 +42,7 @@ static void drop_pending_head(struct csv_session *session)
         session->pending_last = NULL;
 }
 
-/* -- answers ----------------------------------------------------------------------------------- */
+/* -- answers ---------------------------------------------------------------------------------- */
 
 static void show_in_flight(struct csv_session *session)
 {
@@ -176,7 +176,7 @@ static void on_ping(struct iscsi_context *context, int status, void *data, void 
         csv_lose(session, "%s", iscsi_get_error(context));
 }
 
-/* -- issue --------------------------------------------------------------------------------------- */
+/* -- issue ------------------------------------------------------------------------------------ */
 
 static struct csv_piece *new_piece(struct csv_session *session, struct csv_request *request)
 {
@@ -345,7 +345,7 @@ void csv_ping(struct csv_session *session)
     session->ping_sent_ms = session->now_ms;
 }
 
-/* -- giving up ------------------------------------------------------------------------------------ */
+/* -- giving up -------------------------------------------------------------------------------- */
 
 void csv_check_deadlines(struct csv_session *session)
 {

@@ -70,9 +70,9 @@ void csv_finish(struct csv_session *session, struct csv_request *request)
 
 static void go_down(struct csv_session *session)
 {
+    atomic_store(&session->lost, true); /* before the first request ends as unknown */
     csv_context_destroy(session);
     session->phase = CSV_DOWN;
-    atomic_store(&session->lost, true);
     csv_fail_everything(session);
     if (session->login) {
         struct csv_request *login = session->login;
@@ -208,7 +208,7 @@ static void *run(void *argument)
     return NULL;
 }
 
-/* -- on any thread ----------------------------------------------------------------------------- */
+/* -- on any thread ---------------------------------------------------------------------------- */
 
 static bool copy_text(char *to, const char *from)
 {
