@@ -28,6 +28,7 @@ from typing import Final
 
 import trio
 
+from csvfs.block_transfer import MAX_RUN_BLOCKS, most_blocks
 from csvfs.format_block import BLOCK_BYTES, BadBlock, BlockType, block_flags, verify
 from csvfs.transaction import BlockKey, Image, NeedBlocks
 from redirector.block.device import BlockDevice, BlockError
@@ -36,7 +37,6 @@ DEFAULT_CLEAN_BYTES: Final = 64 << 20
 BLOCK_COST_BYTES: Final = BLOCK_BYTES + 400
 """What a cached block takes in memory: its bytes, and Python's objects around them."""
 LOAD_DEPTH: Final = 32
-MAX_RUN_BLOCKS: Final = 64
 
 ResourceOf = Callable[[BlockType, int, int], Hashable]
 """``resource_of(kind, owner, flags)``: the lock that covers such a block."""
@@ -142,7 +142,7 @@ class BlockCache:
                 self._loading[key.address] = _Load(self.resource_of(*key[1:]))
                 mine.append(key)
         try:
-            await self._read_runs(list(_runs(mine)))
+            await self._read_runs(list(_runs(mine, min(MAX_RUN_BLOCKS, most_blocks(self._device)))))
         finally:
             for key in mine:
                 self._loading.pop(key.address).done.set()
@@ -293,11 +293,11 @@ class BlockCache:
         assert self._eviction_off or len(self._clean) <= self.clean_blocks
 
 
-def _runs(keys: list[BlockKey]) -> Iterator[list[BlockKey]]:
+def _runs(keys: list[BlockKey], most: int) -> Iterator[list[BlockKey]]:
     """Neighbours together; ``keys`` ascend by address."""
     run: list[BlockKey] = []
     for key in keys:
-        if run and (key.address != run[-1].address + 1 or len(run) == MAX_RUN_BLOCKS):
+        if run and (key.address != run[-1].address + 1 or len(run) == most):
             yield run
             run = []
         run.append(key)

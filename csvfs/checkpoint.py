@@ -23,7 +23,7 @@ from typing import Final
 
 import trio
 
-from csvfs.block_writes import write_images
+from csvfs.block_transfer import write_images
 from csvfs.flushing import FlushBatcher
 from csvfs.format_block import BLOCK_BYTES
 from csvfs.format_journal import JournalHeader

@@ -43,7 +43,7 @@ from typing import Protocol
 
 import trio
 
-from csvfs.block_writes import write_extent
+from csvfs.block_transfer import write_extent
 from csvfs.checkpoint import Checkpointer
 from csvfs.errors import VolumeFailed
 from csvfs.flushing import FlushBatcher

@@ -260,9 +260,16 @@ async def open_store(
         on_failed=on_failed,
     )
     store = Store(device, cache, journal, scope, locks)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(journal.run)
-        yield store
-        if store.failure is None:
-            await store.close()
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(journal.run)
+            yield store
+            if store.failure is None:
+                await store.close()
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # That there is a nursery inside is nobody's business: one error comes out as itself.
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from error.__cause__
