@@ -82,9 +82,11 @@ class View:
     written_ns: int = 0
 
     @classmethod
-    def empty(cls, slots: int, epoch: int, secret: bytes, written_ns: int = 0) -> View:
-        """A view with nobody in it and no holder, as format writes it."""
-        return cls(epoch, 0, (ViewSlot(),) * slots, secret, written_ns)
+    def empty(
+        cls, slots: int, epoch: int, secret: bytes, written_ns: int = 0, *, holder_key: int = 0
+    ) -> View:
+        """A view with nobody in it and no slot ever used, as format writes it."""
+        return cls(epoch, holder_key, (ViewSlot(),) * slots, secret, written_ns)
 
     @property
     def address(self) -> int:
