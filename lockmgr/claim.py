@@ -267,7 +267,7 @@ class NodeLock:
         """What the node must hold for its claims and this one."""
         return JOIN[self.all_modes][claim.wanted_mode]
 
-    def passable(self, obstacle: Obstacle) -> bool:
+    def _passable(self, obstacle: Obstacle | None) -> bool:
         """May later claims overtake one that has this obstacle?
 
         Nobody may be held up by one that cannot go in before the demotion has ended, if the
@@ -281,16 +281,13 @@ class NodeLock:
         """Does no earlier conversion hold up this one? As at the master, one overtakes those in
         whose way it stands.
         """
-        for earlier in self.converting:
-            if earlier is claim:
-                return True
-            obstacle = self.obstacle(earlier)
-            in_the_way = not COMPATIBLE[claim.mode][earlier.wanted_mode] and not (
-                claim.shared_here and earlier.shared_here
-            )
-            if obstacle is not None and not self.passable(obstacle) and not in_the_way:
-                return False
-        return True
+        ahead = self.converting[: self.converting.index(claim)]
+        ahead = [other for other in ahead if not self._passable(self.obstacle(other))]
+        return not ahead or any(
+            not COMPATIBLE[claim.mode][other.wanted_mode]
+            and not (claim.shared_here and other.shared_here)
+            for other in ahead
+        )
 
     def next_claim(self) -> Claim | None:
         """The queued claim to be granted now; None: all have to wait."""
@@ -299,14 +296,14 @@ class NodeLock:
             obstacle = self.obstacle(claim)
             if obstacle is None and self.has_turn(claim):
                 return claim
-            held_up = held_up or obstacle is None or not self.passable(obstacle)
+            held_up = held_up or not self._passable(obstacle)
         if held_up:
             return None
         for claim in self.waiting:
             obstacle = self.obstacle(claim)
             if obstacle is None:
                 return claim
-            if obstacle is Obstacle.GATE or not self.passable(obstacle):
+            if obstacle is Obstacle.GATE or not self._passable(obstacle):
                 return None
         return None
 
