@@ -171,7 +171,7 @@ class Tree:
             )
         return block, count
 
-    def _find_leaf(self, key: int) -> tuple[Block, NodeLayout, int]:
+    def find_leaf(self, key: int) -> tuple[Block, NodeLayout, int]:
         """The leaf that ``key`` belongs to, its layout and its count: the short way down."""
         root = self.root
         block, level, count = self.read_root()
@@ -238,7 +238,7 @@ class Tree:
     # -- look-ups ----------------------------------------------------------------------------
     def get(self, key: int) -> bytes | None:
         """The value of ``key``, None if there is none."""
-        block, layout, count = self._find_leaf(key)
+        block, layout, count = self.find_leaf(key)
         first = layout.first_word
         words = memoryview(block).cast("Q")
         at = bisect_left(words, key, first, first + count)
@@ -248,7 +248,7 @@ class Tree:
 
     def floor(self, key: int) -> Item | None:
         """The entry with the greatest key that is not above ``key``."""
-        block, layout, count = self._find_leaf(key)
+        block, layout, count = self.find_leaf(key)
         first = layout.first_word
         words = memoryview(block).cast("Q")
         at = bisect_right(words, key, first, first + count) - 1
