@@ -1,0 +1,167 @@
+"""What lies at known places: superblocks, views, slot blocks, journals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from csvfs.check.finding import Damage, Finding, Repair
+from csvfs.check.image import VolumeImage
+from csvfs.check.workbench import Workbench
+from csvfs.format import (
+    BLOCK_BYTES,
+    BLOCKS_PER_UNIT,
+    SUPERBLOCK_ADDRESS,
+    VIEW_ADDRESSES,
+    BadBlock,
+    BlockType,
+    Geometry,
+    NoView,
+    SlotBlock,
+    Superblock,
+    View,
+    newest_view,
+)
+from csvfs.journal_record import JournalPlace
+from csvfs.replay import (
+    JournalDamaged,
+    home_is_older,
+    initialise_journal,
+    plan_replay,
+    replay,
+)
+from redirector.block.device import BlockDevice
+
+Report = Callable[[Finding], None]
+
+
+async def check_superblocks(image: VolumeImage, superblock: Superblock, report: Report) -> None:
+    """Hold both copies against the superblock that is believed."""
+    places = {
+        SUPERBLOCK_ADDRESS: (Damage.SUPERBLOCK, "block 0"),
+        superblock.geometry.backup_superblock: (
+            Damage.BACKUP_SUPERBLOCK,
+            f"block {superblock.geometry.backup_superblock}",
+        ),
+    }
+    blocks = await image.read(places)
+    for address, (damage, where) in places.items():
+        try:
+            found = Superblock.decode(blocks[address], address, superblock.volume_id)
+            if found != superblock:
+                raise BadBlock(address, BlockType.SUPERBLOCK, "the two copies differ")
+        except BadBlock as error:
+            repair = partial(Workbench.put_block, address=address, block=superblock.encode(address))
+            report(Finding(damage, where, error.reason, repair))
+
+
+async def read_views(image: VolumeImage) -> list[bytearray]:
+    """The two copies of the view, 64 KiB each."""
+    copies = []
+    for address in VIEW_ADDRESSES:
+        blocks = await image.read(range(address, address + BLOCKS_PER_UNIT))
+        copies.append(bytearray(b"".join(blocks[at] for at in sorted(blocks))))
+    return copies
+
+
+async def check_views(image: VolumeImage, geometry: Geometry, report: Report) -> View | None:
+    """The view that is believed; None, and a finding, when both copies are bad."""
+    copies = await read_views(image)
+    try:
+        view = newest_view(copies, image.volume_id)
+    except NoView as error:
+        empty = View.empty(geometry.slots, 1, bytes(32))
+        report(Finding(Damage.VIEW, "view", str(error), partial(_put_view, view=empty)))
+        return None
+    for copy, address in zip(copies, VIEW_ADDRESSES, strict=True):
+        try:
+            View.decode(copy, address, image.volume_id)
+        except BadBlock as error:
+            report(
+                Finding(
+                    Damage.VIEW_COPY,
+                    f"view at block {address}",
+                    error.reason,
+                    partial(_put_next_view, view=view),
+                )
+            )
+    return view
+
+
+async def _put_next_view(bench: Workbench, *, view: View) -> None:
+    """Epochs never repeat: the damaged copy is the one that the next epoch goes to."""
+    following = View(view.epoch + 1, view.holder_key, view.slots, view.secret, bench.now_ns)
+    await _put_view(bench, view=following)
+
+
+async def _put_view(bench: Workbench, *, view: View) -> None:
+    data = view.encode(bench.image.volume_id)
+    for index in range(BLOCKS_PER_UNIT):
+        at = index * BLOCK_BYTES
+        bench.image.put_sealed(view.address + index, data[at : at + BLOCK_BYTES])
+
+
+async def check_slot_blocks(
+    image: VolumeImage, geometry: Geometry, slots: list[int], report: Report
+) -> None:
+    """Slots that were used have a slot block that can be read."""
+    blocks = await image.read(geometry.slot_block(slot) for slot in slots)
+    for slot in slots:
+        address = geometry.slot_block(slot)
+        try:
+            SlotBlock.decode(blocks[address], address, image.volume_id, slot)
+        except BadBlock as error:
+            repair = partial(_clear_block, address=address)
+            report(Finding(Damage.SLOT_BLOCK, f"slot {slot}", error.reason, repair))
+
+
+async def _clear_block(bench: Workbench, *, address: int) -> None:
+    bench.image.put_sealed(address, bytes(BLOCK_BYTES))
+
+
+async def check_journals(
+    image: VolumeImage,
+    device: BlockDevice,
+    geometry: Geometry,
+    slots: list[int],
+    incarnations: dict[int, int],
+    report: Report,
+    *,
+    repair: bool,
+) -> int:
+    """Take in what journals hold: with ``repair`` on the LUN, else in the overlay only.
+
+    Returns the number of records.
+    """
+    records = 0
+    for slot in slots:
+        place = JournalPlace(image.volume_id, slot, geometry.journal(slot), geometry.journal_blocks)
+        try:
+            if repair:
+                records += (await replay(device, place, incarnations[slot])).records
+            else:
+                records += await _overlay(image, device, place)
+        except (BadBlock, JournalDamaged) as error:
+            mend: Repair = partial(
+                _new_journal, device=device, place=place, incarnation=incarnations[slot]
+            )
+            report(Finding(Damage.JOURNAL, f"journal of slot {slot}", str(error), mend))
+    return records
+
+
+async def _overlay(image: VolumeImage, device: BlockDevice, place: JournalPlace) -> int:
+    plan = await plan_replay(device, place)
+    homes = await image.read(plan.blocks)
+    for address, planned in plan.blocks.items():
+        version = int.from_bytes(planned.data[40:48], "little")
+        home = bytes(homes[address])
+        if planned.fresh or home_is_older(home, address, image.volume_id, version):
+            image.put_sealed(address, planned.data)
+    return plan.records
+
+
+async def _new_journal(
+    bench: Workbench, *, device: BlockDevice, place: JournalPlace, incarnation: int
+) -> None:
+    """An empty journal whose sequence is beyond any that it can have had."""
+    await initialise_journal(device, place, incarnation, first_sequence=bench.now_ns >> 20)
