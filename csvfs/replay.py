@@ -183,14 +183,25 @@ async def read_header(device: BlockDevice, place: JournalPlace) -> tuple[Journal
 
 
 async def initialise_journal(
-    device: BlockDevice, place: JournalPlace, incarnation: int
+    device: BlockDevice, place: JournalPlace, incarnation: int, *, first_sequence: int = 1
 ) -> JournalStart:
-    """Write both headers of an empty journal: a slot's first use. Stable on return."""
-    header = JournalHeader(place.slot, incarnation, tail_sequence=1, tail_position=0)
+    """Write both headers of an empty journal: a slot's first use. Stable on return.
+
+    A journal that is given up for lost goes on with a ``first_sequence`` that it never had.
+    """
+    header = JournalHeader(place.slot, incarnation, first_sequence, tail_position=0)
     versions = range(1, JOURNAL_HEADER_BLOCKS + 1)
     for version in versions:
         await _write_header(device, place, header, version)
-    return JournalStart(next_sequence=1, header_version=versions[-1])
+    return JournalStart(next_sequence=first_sequence, header_version=versions[-1])
+
+
+async def plan_replay(device: BlockDevice, place: JournalPlace) -> ReplayPlan:
+    """What `replay` would apply; writes nothing. Raises as it does."""
+    header, _ = await read_header(device, place)
+    plan = ReplayPlan()
+    await _read_ring(device, place, read_records(place, header, plan))
+    return plan
 
 
 async def replay(device: BlockDevice, place: JournalPlace, incarnation: int) -> ReplayReport:
