@@ -70,11 +70,15 @@ class Tgt:
         late_gate: bool = False,
         tuned: bool = True,
         thin: bool = True,
+        address: str = "127.0.0.1",
+        iqn: str | None = None,
     ) -> None:
         """``chap`` is (user, password). ``late_ms`` and ``late_gate`` hold back writes that begin
         with ``b"SLOW"``: for that long, or while the gate is closed (see `hold_writes`).
+        ``address`` is any of 127.0.0.0/8; without ``iqn`` the target's name is a fresh one.
         """
-        self.iqn = f"iqn.2026-11.test.csvfs:{secrets.token_hex(4)}"
+        self.iqn = iqn or f"iqn.2026-11.test.csvfs:{secrets.token_hex(4)}"
+        self.address = address
         self.port = 0
         self.chap = chap
         self._tuned = tuned
@@ -108,7 +112,7 @@ class Tgt:
 
     @property
     def portal(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.address}:{self.port}"
 
     @property
     def url(self) -> str:
@@ -255,7 +259,7 @@ class Tgt:
         # on without a portal, says so in its log, and we choose again.
         end = time.monotonic() + _START_LIMIT_S
         while True:
-            self.port = port if port is not None else _free_port()
+            self.port = port if port is not None else _free_port(self.address)
             self._launch()
             if "failed to create/bind" not in self.log():
                 break
@@ -314,8 +318,8 @@ class Tgt:
         self.admin("--op", "update", *unit, "--params", parameters)
 
 
-def _free_port() -> int:
+def _free_port(address: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         port: int = probe.getsockname()[1]
         return port

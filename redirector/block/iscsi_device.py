@@ -69,7 +69,7 @@ class IscsiDevice(BlockDevice):
         await self._nexus.lost.wait()
 
     def abort(self) -> None:
-        self._nexus.session.abort()
+        self._nexus.abort()
 
     async def aclose(self) -> None:
         await self._nexus.logout()

@@ -261,8 +261,11 @@ def parse_serial(body: bytes) -> str:
     return _ascii(body)
 
 
-_NAA, _EUI64, _T10 = 3, 2, 1
-_DESIGNATOR_ORDER = (_NAA, _EUI64, _T10)
+_T10, _EUI64, _NAA = 1, 2, 3
+_NAA_LOCAL = 16
+"""Not a code of the standard: an NAA designator of format 3h, which is unique within one array (tgt:
+the target's number and the LUN's) and therefore the last choice."""
+_DESIGNATOR_ORDER = (_NAA, _EUI64, _T10, _NAA_LOCAL)
 
 
 def parse_device_id(body: bytes) -> bytes:
@@ -272,6 +275,8 @@ def parse_device_id(body: bytes) -> bytes:
         association, kind = body[1] >> 4 & 3, body[1] & 0xF
         identifier, body = body[4 : 4 + body[3]], body[4 + body[3] :]
         if association == 0 and identifier:
+            if kind == _NAA and identifier[0] >> 4 == 3:
+                kind = _NAA_LOCAL
             found.setdefault(kind, bytes(identifier))
     return next((found[kind] for kind in _DESIGNATOR_ORDER if kind in found), b"")
 

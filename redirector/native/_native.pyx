@@ -12,7 +12,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 
@@ -194,17 +194,17 @@ cdef class Session:
         csv_session_submit(self._session, &pinned.request)
         return 0
 
-    cdef int _transfer(self, csv_op op, uint64_t offset_bytes, object buffer, int flags, bint fua,
+    cdef int _transfer(self, csv_op op, int64_t offset_bytes, object buffer, int flags, bint fua,
                        object token) except -1:
         cdef pinned_request *pinned = self._new(op, buffer, flags, token)
         cdef uint32_t block = self._block_bytes
-        if block == 0 or pinned.request.length == 0 or offset_bytes % block \
-                or pinned.request.length % block:
+        if block == 0 or pinned.request.length == 0 or offset_bytes < 0 \
+                or <uint64_t>offset_bytes % block or pinned.request.length % block:
             length = pinned.request.length
             self._release(pinned)
             raise ValueError(f"offset {offset_bytes} and length {length} must be multiples of the "
                              f"logical block of {block} bytes, and not empty")
-        pinned.request.lba = offset_bytes // block
+        pinned.request.lba = <uint64_t>offset_bytes // block
         pinned.request.fua = fua
         return self._submit(pinned)
 
@@ -216,10 +216,10 @@ cdef class Session:
         csv_session_set_geometry(self._session, block_bytes, max_transfer_bytes)
         self._block_bytes = block_bytes
 
-    def read(self, uint64_t offset_bytes, buffer, token):
+    def read(self, int64_t offset_bytes, buffer, token):
         self._transfer(CSV_READ, offset_bytes, buffer, PyBUF_WRITABLE, False, token)
 
-    def write(self, uint64_t offset_bytes, data, bint fua, token):
+    def write(self, int64_t offset_bytes, data, bint fua, token):
         self._transfer(CSV_WRITE, offset_bytes, data, PyBUF_SIMPLE, fua, token)
 
     def scsi(self, bytes cdb, token, *, data_in=None, data_out=None, timeout_ms=0):

@@ -91,7 +91,7 @@ class Nexus:
                 for task, completion in session.reap():
                     reschedule(task, Value(completion))
         finally:
-            self.why = session.text or "the session was closed"
+            self.why = self.why or session.text or "the session was closed"
             self.lost.set()
             for task, completion in session.close():
                 reschedule(task, Value(completion))
@@ -113,8 +113,15 @@ class Nexus:
         else:
             await self.ended.wait()
 
+    def abort(self) -> None:
+        """Drop the connection; commands in flight are about to end as unknown."""
+        if not self.lost.is_set():
+            self.why = "the session was dropped"
+            self.lost.set()
+        self.session.abort()
+
     async def drop(self) -> None:
         """Close the connection now, and wait until that is done: microseconds."""
-        self.session.abort()
+        self.abort()
         with trio.CancelScope(shield=True):
             await self.ended.wait()
