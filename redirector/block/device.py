@@ -226,6 +226,14 @@ class BlockDevice(ABC):
         Raises `IllegalRequest` where ``identity.unmap_granularity_bytes`` is 0.
         """
 
+    async def write_same(self, offset_bytes: int, length_bytes: int, block: Buffer) -> None:
+        """WRITE SAME(16): fill the range with one logical block. Only the probe sends it.
+
+        Raises `IllegalRequest` where it is not supported, as this default does.
+        """
+        what = f"WRITE SAME of {length_bytes} bytes ({len(block)} given) at {offset_bytes}"
+        raise IllegalRequest(what, sense_key=5, asc_ascq=0x2000, words="not supported")
+
     # -- persistent reservations (SPC-4 5.12) ------------------------------------------------
     @abstractmethod
     async def read_keys(self) -> RegisteredKeys:

@@ -133,10 +133,10 @@ class Hold:
 
     def lift(self) -> None:
         """Hold no more, and let everything parked land in order of arrival."""
-        if self in self._lun._holds:
-            self._lun._holds.remove(self)
         while self.commands:
             self.land()
+        if self in self._lun._holds:
+            self._lun._holds.remove(self)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,478 @@
+"""``file:///path``: a LUN in a file, shared by the daemons of one machine.
+
+Reservations have the semantics of a target's (side_file.py), so everything above works as on
+iSCSI, with nothing installed. What differs from a target: a process that is *stopped* (not dead)
+in the middle of an I/O keeps a reset waiting until it runs on or is killed.
+
+Theory. A data command shares TRAFFIC from before it is admitted until its last byte is written;
+PREEMPT changes the state at once; a reset takes TRAFFIC exclusively. So after PREEMPT and reset no
+byte of the victim can land any more, and PREEMPT alone, as on a real target, does not drain.
+
+invariants:
+  1. no read, write or unmap runs unless its session shares TRAFFIC and was admitted under it
+  2. descriptors are closed only when nothing is in flight
+
+Concurrency: page-cached bytes are moved inline when the kernel says that it need not wait
+(RWF_NOWAIT); all else runs in threads, at most `_THREADS` of a session at a time. Locks are
+polled, never waited for, so cancelling works and no thread hangs behind a stopped process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from redirector.block.arbiter import Op
+from redirector.block.device import (
+    BlockDevice,
+    BlockError,
+    Buffer,
+    IllegalRequest,
+    InitiatorPort,
+    Lun,
+    LunIdentity,
+    MediumError,
+    NoSuchLun,
+    OutcomeUnknown,
+    RegisteredKeys,
+    Reservation,
+    ReservationConflict,
+    SpaceExhausted,
+    Unreachable,
+)
+from redirector.block.side_file import STATE, TRAFFIC, TURNSTILE, SideFile, TargetState
+
+_T = TypeVar("_T")
+
+_SECTOR_BYTES = 512
+_THREADS = 16
+_INLINE_BYTES = 128 << 10
+_POLL_S = 0.002
+_LOST_POLL_S = 0.05
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _punch(fd: int, offset_bytes: int, length_bytes: int) -> None:
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    if _libc.fallocate64(fd, mode, offset_bytes, length_bytes):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _side_path(path: Path) -> Path:
+    return path.with_name(path.name + ".reservations")
+
+
+def _translate(op: Op, error: OSError) -> BlockError:
+    """What a failed system call on the data file means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SpaceExhausted(
+            op.value, sense_key=7, asc_ascq=0x2707, words="the file system below is full"
+        )
+    if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+        return IllegalRequest(op.value, sense_key=5, asc_ascq=0x2000, words=str(error))
+    return MediumError(op.value, sense_key=3, asc_ascq=0x1100, words=str(error))
+
+
+async def _lock(side: SideFile, byte: int, *, exclusive: bool = True) -> None:
+    while not side.try_lock(byte, exclusive=exclusive):  # noqa: ASYNC110 (another process's lock)
+        await trio.sleep(_POLL_S)
+
+
+class FileLun(Lun):
+    """A regular file as a LUN. It must exist; its size is the size of the LUN."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.url = f"file://{self.path}"
+
+    async def login(self, port: InitiatorPort, *, timeout_s: float = 10.0) -> FileDevice:
+        """See `Lun.login`."""
+        with trio.move_on_after(timeout_s):
+            return await FileDevice.open(self, port)
+        raise Unreachable(f"{self.url}: its side file stayed locked for {timeout_s} s")
+
+    async def reset(self, *, timeout_s: float = 2.0) -> None:
+        """See `Lun.reset`."""
+        await trio.lowlevel.checkpoint()
+        side = self._open_side()
+        try:
+            with trio.move_on_after(timeout_s):
+                await self._drain(side)
+                return
+        finally:
+            side.close()
+        raise TimeoutError(f"LOGICAL UNIT RESET of {self.url} waited {timeout_s} s for I/O to end")
+
+    async def _drain(self, side: SideFile) -> None:
+        await _lock(side, TURNSTILE)
+        side.reset_pending = True
+        try:
+            await _lock(side, TRAFFIC)
+            await _lock(side, STATE)
+            with side.changing() as state:
+                state.arbiter.reset()
+        finally:
+            side.reset_pending = False
+
+    def _open_side(self) -> SideFile:
+        try:
+            os.stat(self.path)
+            return SideFile(_side_path(self.path))
+        except FileNotFoundError as error:
+            raise NoSuchLun(f"{self.url}: there is no such file") from error
+        except OSError as error:
+            raise Unreachable(f"{self.url}: {error}") from error
+
+
+class FileDevice(BlockDevice):
+    """One session with a `FileLun`, of this process."""
+
+    def __init__(self, lun: FileLun, port: InitiatorPort, fd: int, side: SideFile) -> None:
+        self.lun = lun
+        self.port = port
+        self._fd = fd
+        self._side = side
+        self.identity = _identity(fd, side.fd)
+        self.nexus = 0
+        self._lost = trio.Event()
+        self._in_flight = 0
+        self._traffic = 0
+        """Data commands that share TRAFFIC, or are about to."""
+        self._idle = trio.Event()
+        self._limiter = trio.CapacityLimiter(_THREADS)
+        self._nowait_flags = {Op.READ: os.RWF_NOWAIT, Op.WRITE: os.RWF_NOWAIT}
+        self._seen_version = -1
+        self._refused: set[Op] = set()
+
+    @classmethod
+    async def open(cls, lun: FileLun, port: InitiatorPort) -> FileDevice:
+        """Log in; see `Lun.login`."""
+        await trio.lowlevel.checkpoint()
+        side = lun._open_side()
+        fd = -1
+        try:
+            fd = _open_data(lun)
+            device = cls(lun, port, fd, side)
+            await _lock(side, STATE)
+            try:
+                device._establish()
+            finally:
+                side.unlock(STATE)
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            side.close()
+            raise
+        return device
+
+    def _establish(self) -> None:
+        side = self._side
+        with side.changing() as state:
+            for nexus, (name, isid) in list(state.sessions.items()):
+                if (name, isid) == (self.port.name, self.port.isid) or not side.is_alive(nexus):
+                    state.close_session(nexus)
+            self.nexus = side.new_nexus()
+            side.claim_liveness(self.nexus)
+            state.sessions[self.nexus] = (self.port.name, self.port.isid)
+            state.arbiter.open(self.nexus)
+
+    # -- life ----------------------------------------------------------------------------------
+    @property
+    def lost(self) -> bool:
+        return self._lost.is_set()
+
+    async def wait_lost(self) -> None:
+        while not self._lost.is_set():
+            changed = self._side.version != self._seen_version
+            if changed and self._side.try_lock(STATE, exclusive=True):
+                with contextlib.suppress(OutcomeUnknown), self._state():
+                    pass
+            with trio.move_on_after(_LOST_POLL_S):
+                await self._lost.wait()
+
+    def abort(self) -> None:
+        self._lost.set()
+        if not self._in_flight:
+            self._close()
+
+    async def aclose(self) -> None:
+        with trio.CancelScope(shield=True):
+            while self._in_flight:
+                self._idle = trio.Event()
+                await self._idle.wait()
+            if self._fd >= 0:
+                await _lock(self._side, STATE)
+                with self._side.changing() as state:
+                    state.close_session(self.nexus)
+                self._lost.set()
+                self._close()  # and with it, STATE
+        await trio.lowlevel.checkpoint()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._side.close()
+
+    def _unknown(self, op: Op) -> OutcomeUnknown:
+        return OutcomeUnknown(f"{op.value} on {self.lun.url}: the session was lost")
+
+    # -- admission -----------------------------------------------------------------------------
+    @contextlib.asynccontextmanager
+    async def _command(self, op: Op) -> AsyncIterator[None]:
+        """Counts a command in flight; nothing closes the descriptors under it."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._lost.is_set():
+            raise self._unknown(op)
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                if self._lost.is_set():
+                    self._close()
+                self._idle.set()
+        if self._lost.is_set():
+            raise self._unknown(op)
+
+    @contextlib.asynccontextmanager
+    async def _data_command(self, op: Op) -> AsyncIterator[None]:
+        """Share TRAFFIC, then ask the arbiter; in this order (see the module's theory)."""
+        async with self._command(op):
+            if self._side.reset_pending:
+                await _lock(self._side, TURNSTILE, exclusive=False)
+                self._side.unlock(TURNSTILE)
+            self._traffic += 1
+            try:
+                await _lock(self._side, TRAFFIC, exclusive=False)
+                await self._admit(op)
+                yield
+                await self._confirm()
+            finally:
+                self._traffic -= 1
+                if not self._traffic:
+                    self._side.unlock(TRAFFIC)
+
+    async def _admit(self, op: Op) -> None:
+        if self._side.version != self._seen_version:
+            await _lock(self._side, STATE)
+            with self._state() as state:
+                state.arbiter.admit(self.nexus, op)
+        if self._lost.is_set():
+            raise self._unknown(op)
+        if op in self._refused:
+            raise ReservationConflict(op.value, status=0x18, words="reservation conflict")
+
+    async def _confirm(self) -> None:
+        """A session that was closed meanwhile gets no answer, as from a target."""
+        if self._side.version != self._seen_version:
+            with trio.CancelScope(shield=True):
+                await _lock(self._side, STATE)
+            with self._state():
+                pass
+
+    @contextlib.contextmanager
+    def _state(self) -> Iterator[TargetState]:
+        """The target's state, for which STATE was taken; what is changed in it is saved."""
+        try:
+            with self._side.changing() as state:
+                if self.nexus not in state.sessions:
+                    self._lost.set()
+                    raise OutcomeUnknown(f"{self.lun.url}: the target closed the session")
+                yield state
+            arbiter = state.arbiter
+            barred = arbiter.holder is not None and self.nexus not in arbiter.registrations
+            self._refused = _DATA if barred else set()
+            # A pending attention keeps the version unseen, so that the next command fetches it.
+            if not arbiter.attentions[self.nexus]:
+                self._seen_version = self._side.version
+        finally:
+            self._side.unlock(STATE)
+
+    # -- data ----------------------------------------------------------------------------------
+    def _check_range(self, op: Op, offset_bytes: int, length_bytes: int) -> None:
+        if offset_bytes % _SECTOR_BYTES or length_bytes % _SECTOR_BYTES or offset_bytes < 0:
+            raise ValueError(
+                f"{op.value}: {length_bytes} bytes at {offset_bytes}: not whole blocks of 512"
+            )
+        if offset_bytes + length_bytes > self.identity.size_bytes:
+            raise IllegalRequest(
+                op.value, sense_key=5, asc_ascq=0x2100, words="logical block address out of range"
+            )
+
+    async def _run(self, op: Op, work: Callable[[], _T]) -> _T:
+        """Run a system call in a thread, whatever becomes of the caller."""
+        with trio.CancelScope(shield=True):
+            try:
+                answer = await trio.to_thread.run_sync(work, limiter=self._limiter)
+            except OSError as error:
+                raise _translate(op, error) from error
+        return answer
+
+    async def _transfer(
+        self, op: Op, move: Callable[[int, int], int], length_bytes: int, flags: int = 0
+    ) -> None:
+        """Move all bytes: ``move(done, flags)`` moves some from ``done`` on, 0 at end of file."""
+
+        def rest(done: int) -> int:
+            while done < length_bytes:
+                moved = move(done, flags)
+                if not moved:
+                    raise OSError(errno.EIO, "the file is shorter than it was at login")
+                done += moved
+            return done
+
+        done = 0
+        nowait = self._nowait_flags[op]
+        if nowait and not flags and length_bytes <= _INLINE_BYTES:
+            try:
+                done = move(0, nowait)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise _translate(op, error) from error
+                self._nowait_flags[op] = 0
+        if done < length_bytes:
+            await self._run(op, lambda: rest(done))
+
+    async def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
+        view = memoryview(buffer).cast("B")
+        self._check_range(Op.READ, offset_bytes, len(view))
+        async with self._data_command(Op.READ):
+            await self._transfer(
+                Op.READ,
+                lambda done, flags: os.preadv(self._fd, [view[done:]], offset_bytes + done, flags),
+                len(view),
+            )
+
+    async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
+        await self._write(Op.WRITE, offset_bytes, memoryview(data).cast("B"), fua)
+
+    async def _write(self, op: Op, offset_bytes: int, view: memoryview, fua: bool) -> None:
+        self._check_range(op, offset_bytes, len(view))
+        async with self._data_command(op):
+            await self._transfer(
+                Op.WRITE,
+                lambda done, flags: os.pwritev(self._fd, [view[done:]], offset_bytes + done, flags),
+                len(view),
+                os.RWF_DSYNC if fua else 0,
+            )
+
+    async def write_same(self, offset_bytes: int, length_bytes: int, block: Buffer) -> None:
+        whole = bytes(block) * (length_bytes // _SECTOR_BYTES)
+        await self._write(Op.WRITE_SAME, offset_bytes, memoryview(whole), False)
+
+    async def flush(self) -> None:
+        async with self._data_command(Op.SYNCHRONIZE_CACHE):
+            try:
+                await self._run(Op.SYNCHRONIZE_CACHE, lambda: os.fdatasync(self._fd))
+            except BlockError as error:
+                # The kernel reports a failed write-back once and then forgets it: a second flush
+                # would lie. Only a new session may go on, and its user writes everything again.
+                self._lost.set()
+                raise OutcomeUnknown(f"{error}; what was not flushed yet may be gone") from error
+
+    async def unmap(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if not self.identity.unmap_granularity_bytes:
+            raise IllegalRequest(
+                "UNMAP", sense_key=5, asc_ascq=0x2000, words="invalid command operation code"
+            )
+        for offset, length in ranges:
+            self._check_range(Op.UNMAP, offset, length)
+        async with self._data_command(Op.UNMAP):
+            await self._run(Op.UNMAP, lambda: self._punch_all(ranges))
+
+    def _punch_all(self, ranges: Sequence[tuple[int, int]]) -> None:
+        for offset, length in ranges:
+            if length:
+                _punch(self._fd, offset, length)
+
+    # -- persistent reservations -------------------------------------------------------------------
+    async def _reserve(self, op: Op, action: Callable[[TargetState], _T]) -> _T:
+        async with self._command(op):
+            await _lock(self._side, STATE)
+            with self._state() as state:
+                state.arbiter.admit(self.nexus, op)
+                answer = action(state)
+        return answer
+
+    async def read_keys(self) -> RegisteredKeys:
+        return await self._reserve(Op.READ_KEYS, lambda state: state.arbiter.read_keys())
+
+    async def read_reservation(self) -> Reservation:
+        return await self._reserve(
+            Op.READ_RESERVATION, lambda state: state.arbiter.read_reservation()
+        )
+
+    async def register(self, key: int, *, old_key: int = 0) -> None:
+        await self._reserve(
+            Op.REGISTER, lambda state: state.arbiter.register(self.nexus, key, old_key)
+        )
+
+    async def reserve(self, key: int) -> None:
+        await self._reserve(Op.RESERVE, lambda state: state.arbiter.reserve(self.nexus, key))
+
+    async def release(self, key: int) -> None:
+        await self._reserve(Op.RELEASE, lambda state: state.arbiter.release(self.nexus, key))
+
+    async def preempt(self, key: int, victim_key: int, *, abort: bool = False) -> None:
+        await self._reserve(
+            Op.PREEMPT,
+            lambda state: state.arbiter.preempt(self.nexus, key, victim_key, abort=abort),
+        )
+
+    async def test_unit_ready(self) -> None:
+        await self._reserve(Op.TEST_UNIT_READY, lambda _: None)
+
+
+_DATA = {Op.READ, Op.WRITE, Op.SYNCHRONIZE_CACHE, Op.UNMAP, Op.WRITE_SAME}
+
+
+def _open_data(lun: FileLun) -> int:
+    try:
+        fd = os.open(lun.path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise NoSuchLun(f"{lun.url}: there is no such file") from error
+    except OSError as error:
+        raise Unreachable(f"{lun.url}: {error}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NoSuchLun(f"{lun.url}: not a regular file")
+    return fd
+
+
+def _identity(fd: int, side_fd: int) -> LunIdentity:
+    status = os.fstat(fd)
+    try:
+        _punch(side_fd, 1 << 40, 4096)
+        granularity = 4096
+    except OSError:
+        granularity = 0
+    return LunIdentity(
+        size_bytes=status.st_size // _SECTOR_BYTES * _SECTOR_BYTES,
+        logical_block_bytes=_SECTOR_BYTES,
+        vendor="CSVFS",
+        product="FILE",
+        revision="1",
+        serial=f"{status.st_ino:x}",
+        device_id=(0x3 << 60 | status.st_ino & (1 << 60) - 1).to_bytes(8, "big"),
+        thin=granularity > 0,
+        unmap_granularity_bytes=granularity,
+        max_unmap_bytes=1 << 40,
+        volatile_cache=True,
+    )
