@@ -32,6 +32,7 @@ from lockmgr.messages import Resource
 _U64: Final = Struct(">Q")
 _U32: Final = Struct(">I")
 
+INODE_PREFIX: Final = b"i"
 RENAME: Final = Resource(b"rename", b"rename")
 
 _REMEMBERED: Final = 65536
@@ -54,7 +55,7 @@ class Resources:
         if found is None:
             if len(self._inodes) >= _REMEMBERED:
                 self._inodes.clear()
-            found = Resource(b"i" + _U64.pack(ino), self._placement(ino))
+            found = Resource(INODE_PREFIX + _U64.pack(ino), self._placement(ino))
             self._inodes[ino] = found
         return found
 

@@ -1,0 +1,231 @@
+"""One transaction as the operations of a volume see it: inodes, trees, blocks, lists.
+
+A body gets a `Change`, asks it for the inodes that it will change, changes their fields, names,
+extents, and returns. Then `save` packs the inodes into their blocks, and when the transaction is
+merged the inode table follows. The body may run several times before that, each time with a fresh
+`Change`; nothing it does shows before.
+
+Nothing is freed here: units and blocks that an inode gives up go onto this slot's reclaim list in
+the same transaction, and a background task frees them once that is stable (`csvfs.reclaim`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from csvfs.allocator import Groups
+from csvfs.btree import TreeRoot
+from csvfs.btree_edit import TreeEditor
+from csvfs.format_block import BLOCKS_PER_UNIT, BlockType
+from csvfs.format_geometry import Geometry
+from csvfs.format_inode import ORPHAN_VALUE, RECLAIM_VALUE, OrphanKind, ReclaimKind
+from csvfs.inode import Inode, new_inode
+from csvfs.inode_table import InodeTable
+from csvfs.locks import Resources
+from csvfs.transaction import NeedLock, Transaction
+from lockmgr.messages import Resource
+from lockmgr.modes import Mode
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeScope:
+    """What all changes of one mounted volume share."""
+
+    geometry: Geometry
+    resources: Resources
+    groups: Groups
+    table: InodeTable
+    slot: int
+    clock: Callable[[], int]
+    """Now, in ns since the epoch."""
+    reclaim_added: Callable[[], None]
+    """Something was merged onto the reclaim list."""
+
+
+class Change:
+    """What one body does to the volume. Use within the body only."""
+
+    __slots__ = ("_inodes", "now_ns", "scope", "tx")
+
+    def __init__(self, tx: Transaction, scope: ChangeScope) -> None:
+        self.tx: Final = tx
+        self.scope = scope
+        self._inodes: dict[int, _Edited] = {}
+        self.now_ns = scope.clock()
+
+    # -- inodes ----------------------------------------------------------------------------
+    def inode(self, ino: int, *, data: bool = True) -> Inode:
+        """The fields of an inode whose lock is held EX, to be changed in place.
+
+        ``data`` False: the change is none that fdatasync(2) has to wait for.
+        """
+        edited = self._inodes.get(ino)
+        if edited is None:
+            inode = self.scope.table.read(self.tx, ino).copy()
+            edited = self._inodes[ino] = _Edited(inode, data)
+        edited.data |= data
+        return edited.inode
+
+    def create_inode(self, parent: Inode, mode: int, uid: int, gid: int, *, rdev: int = 0) -> Inode:
+        """A new inode for an entry of ``parent``, near it; linked as that entry will link it."""
+        scope = self.scope
+        ino = self._allocate_block(parent.ino)
+        self._lock(scope.resources.inode(ino))
+        inode = new_inode(ino, mode, uid, gid, self.now_ns, parent=parent, rdev=rdev)
+        block = self.tx.create(ino, BlockType.INODE, ino)
+        if inode.is_directory:
+            TreeRoot.of_directory(ino).initialise(block)
+        elif inode.is_regular:
+            TreeRoot.of_file(ino).initialise(block)
+        self._inodes[ino] = _Edited(inode, True)
+        return inode
+
+    def block_of(self, inode: Inode) -> bytearray:
+        """The inode's own block, for what stands behind its fields."""
+        return self.tx.edit(inode.ino, BlockType.INODE, inode.ino)
+
+    def save(self) -> None:
+        """The body has ended well: pack what it changed. Called once, by `csvfs.engine`."""
+        table = self.scope.table
+        for ino, edited in self._inodes.items():
+            inode = edited.inode
+            if ino in self.tx.freed:
+                continue
+            inode.change += 1
+            inode.pack_into(self.tx.edit(ino, BlockType.INODE, ino))
+            table.merged(self.tx, inode, data=edited.data)
+
+    # -- trees and blocks of an inode --------------------------------------------------------
+    def entries(self, directory: Inode) -> TreeEditor:
+        """The names of a directory."""
+        return self._tree(TreeRoot.of_directory(directory.ino), directory)
+
+    def extents(self, file: Inode) -> TreeEditor:
+        """The extents of a file."""
+        return self._tree(TreeRoot.of_file(file.ino), file)
+
+    def _tree(self, root: TreeRoot, inode: Inode) -> TreeEditor:
+        return TreeEditor(
+            self.tx,
+            root,
+            allocate=lambda: self._count_block(inode),
+            release=lambda address: self.drop_block(inode, address),
+        )
+
+    def _count_block(self, inode: Inode) -> int:
+        inode.metadata_blocks += 1
+        return self._allocate_block(inode.ino)
+
+    def add_block(self, inode: Inode, kind: BlockType) -> tuple[int, bytearray]:
+        """One more block of the inode (attributes, the tail of a symbolic link)."""
+        address = self._count_block(inode)
+        return address, self.tx.create(address, kind, inode.ino)
+
+    def drop_block(self, inode: Inode, address: int) -> None:
+        """The inode gives up a block other than its own."""
+        inode.metadata_blocks -= 1
+        self._free_block(address)
+
+    def drop_units(self, inode: Inode, runs: Iterable[tuple[int, int]]) -> None:
+        """The inode gives up runs (first unit, count) that its extents name no more."""
+        for unit, count in runs:
+            inode.units -= count
+            self._reclaim(unit * BLOCKS_PER_UNIT, ReclaimKind.DATA, count)
+
+    # -- the end of an inode -----------------------------------------------------------------
+    def dispose(self, inode: Inode) -> None:
+        """The inode lost its last name: an orphan while somebody uses it, dead otherwise."""
+        scope, state = self.scope, self.scope.table.state(inode.ino)
+        assert inode.nlink == 0
+        if state.known or not self.tx.try_lock(scope.resources.opened(inode.ino), Mode.EX):
+            self.add_orphan(inode, OrphanKind.OPEN)
+        else:
+            self.bury(inode)
+
+    def bury(self, inode: Inode) -> None:
+        """Nobody can reach the inode any more: what it owns is to be reclaimed."""
+        assert inode.nlink == 0
+        self._reclaim(inode.ino, ReclaimKind.INODE, 1)
+        table = self.scope.table
+        self.tx.after_merge(lambda: table.bury(inode.ino))
+
+    def free_inode(self, inode: Inode) -> None:
+        """The last thing that a dead inode owned is gone: its own block goes too."""
+        assert not inode.units and not inode.metadata_blocks, f"inode {inode.ino} still owns blocks"
+        self.tx.free(inode.ino)
+        self.reclaim_list().replace(inode.ino, _reclaim_value(ReclaimKind.BLOCK, 1))
+
+    # -- the slot's lists ----------------------------------------------------------------------
+    def add_orphan(self, inode: Inode, kind: OrphanKind) -> None:
+        """Note what a crash must not make forgotten. An OPEN entry replaces a TRUNCATE one."""
+        orphans = self.orphan_list()
+        value = ORPHAN_VALUE.pack(kind, inode.generation, 0)
+        if orphans.get(inode.ino) is None:
+            orphans.insert(inode.ino, value)
+        else:
+            orphans.replace(inode.ino, value)
+        if kind is OrphanKind.OPEN:
+            state = self.scope.table.state(inode.ino)
+
+            def follow() -> None:
+                state.orphan = True
+
+            self.tx.after_merge(follow)
+
+    def remove_orphan(self, ino: int) -> None:
+        """What the entry promised was done."""
+        self.orphan_list().remove(ino)
+
+    def orphan_list(self, slot: int | None = None) -> TreeEditor:
+        """The orphan list of a slot, by default this node's."""
+        scope = self.scope
+        slot = scope.slot if slot is None else slot
+        self._lock(scope.resources.orphans(slot))
+        return self._list(TreeRoot.of_orphans(scope.geometry.orphan_root(slot), slot))
+
+    def reclaim_list(self, slot: int | None = None) -> TreeEditor:
+        """The reclaim list of a slot, by default this node's."""
+        scope = self.scope
+        slot = scope.slot if slot is None else slot
+        self._lock(scope.resources.reclaim(slot))
+        return self._list(TreeRoot.of_reclaim(scope.geometry.reclaim_root(slot), slot))
+
+    def _list(self, root: TreeRoot) -> TreeEditor:
+        return TreeEditor(
+            self.tx,
+            root,
+            allocate=lambda: self._allocate_block(root.address),
+            release=self._free_block,
+        )
+
+    def _allocate_block(self, near: int) -> int:
+        geometry = self.scope.geometry
+        goal = geometry.group_of(near) if geometry.holds(near) else 0
+        return self.scope.groups.allocate_block(self.tx, goal)
+
+    def _reclaim(self, address: int, kind: ReclaimKind, count: int) -> None:
+        self.reclaim_list().insert(address, _reclaim_value(kind, count))
+        if self.scope.reclaim_added not in self.tx.merge_callbacks:
+            self.tx.after_merge(self.scope.reclaim_added)
+
+    def _free_block(self, address: int) -> None:
+        self.tx.free(address)
+        self._reclaim(address, ReclaimKind.BLOCK, 1)
+
+    def _lock(self, resource: Resource) -> None:
+        if not self.tx.try_lock(resource, Mode.EX):
+            raise NeedLock(resource, Mode.EX)
+
+
+@dataclass(slots=True)
+class _Edited:
+    """An inode that the body changes; ``data``: fdatasync has to wait for it."""
+
+    inode: Inode
+    data: bool
+
+
+def _reclaim_value(kind: ReclaimKind, count: int) -> bytes:
+    return RECLAIM_VALUE.pack(kind, count, 0)

@@ -1,0 +1,95 @@
+"""Between the lock manager and the store: how locks are taken, and what giving one up takes.
+
+`LockAdapter` is how transactions take the locks that only their bodies can name. `LockOwner` is
+asked by the lock manager before the node gives a lock up, to another node or because too many are
+cached; then what the lock covers has to be on the LUN, at home, and out of this node's memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from typing import Final
+
+import trio
+
+from csvfs.errors import VolumeFailed
+from csvfs.format_block import BlockType
+from csvfs.inode_table import InodeTable
+from csvfs.locks import INODE_PREFIX, Resources, lock_order
+from csvfs.store import Store
+from lockmgr.lock import Lock
+from lockmgr.manager import LockManager
+from lockmgr.messages import Resource
+from lockmgr.modes import COVERS, Mode
+
+_log: Final = logging.getLogger("csvfs.locks")
+
+
+class LockAdapter:
+    """The lock manager as `csvfs.transaction.LockSource`, and the proof that a lock is held."""
+
+    def __init__(self, manager: LockManager, resources: Resources) -> None:
+        self._manager = manager
+        self._resources = resources
+
+    def try_acquire(self, resource: Hashable, mode: int) -> Lock | None:
+        assert isinstance(resource, Resource)
+        return self._manager.try_acquire(resource, Mode(mode))
+
+    async def acquire(self, resource: Hashable, mode: int) -> Lock:
+        assert isinstance(resource, Resource)
+        return await self._manager.acquire(resource, Mode(mode))
+
+    def order(self, resource: Hashable) -> tuple[int, ...]:
+        assert isinstance(resource, Resource)
+        return lock_order(resource)
+
+    def node_holds(self, resource: Resource, mode: Mode) -> bool:
+        """Does this node hold the lock in ``mode`` or more, be it only cached?"""
+        lock = self._manager.core.locks.locks.get(resource.name)
+        return lock is not None and lock.held is not None and COVERS[lock.held][mode]
+
+    def holds(self, kind: BlockType, owner: int, flags: int) -> bool:
+        """Is the lock that covers such a block held EX (`csvfs.transaction.Holds`)?"""
+        return self.node_holds(self._resources.covering(kind, owner, flags), Mode.EX)
+
+
+class LockOwner:
+    """What has to happen before this node gives a lock up (`lockmgr.manager.ResourceOwner`).
+
+    Claims that need what is given up are drained first: what is written back then is the last.
+    """
+
+    def __init__(self, manager: LockManager, store: Store, table: InodeTable) -> None:
+        self._manager = manager
+        self._store = store
+        self._table = table
+
+    async def demote(self, resource: Resource, to_mode: Mode) -> None:
+        await self._manager.drain(resource)
+        ino = inode_of(resource)
+        state = None if ino is None else self._table.get(ino)
+        try:
+            if state is not None and state.dirty:
+                await self._store.transact(lambda tx: self._table.write_back(tx, state), bound=1)
+            await self._store.flush_owned(resource)
+        except VolumeFailed as failure:
+            # Nobody may read the half of it that reached the LUN: the lock stays with this node
+            # until it has left. Nothing else is waited for; the mount is being torn down.
+            _log.error("%r is not given up: %s", resource.name, failure)
+            await trio.sleep_forever()
+        if not COVERS[to_mode][Mode.PR]:
+            if ino is not None:
+                self._table.forget(ino)
+            self._store.drop_owned(resource)
+
+    async def glimpse(self, resource: Resource) -> bytes:
+        del resource
+        return b""
+
+
+def inode_of(resource: Resource) -> int | None:
+    """The inode whose lock this is, None for any other lock."""
+    name = resource.name
+    return int.from_bytes(name[1:]) if name[:1] == INODE_PREFIX and len(name) == 9 else None
