@@ -207,6 +207,7 @@ from csvfs.format_view import (
     SlotState,
     View,
     ViewSlot,
+    ViewSlotFlag,
     newest_view,
 )
 
@@ -370,6 +371,7 @@ __all__ = [
     "UnitState",
     "View",
     "ViewSlot",
+    "ViewSlotFlag",
     "WriteCache",
     "block_address",
     "block_flags",

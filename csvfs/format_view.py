@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import Final
 
@@ -32,7 +32,7 @@ VIEW_FIELDS: Final = Struct("<QQqHH4x32s")
 """epoch, holder key, written_ns, slots, 0, heartbeat secret."""
 VIEW_SLOTS_OFFSET: Final = 512
 VIEW_SLOT: Final = Struct("<IBBHQq32s64s")
-"""incarnation, state, replay by, 0, 0, since_ns, certificate fingerprint, node name."""
+"""incarnation, state, replay by, flags, 0, since_ns, certificate fingerprint, node name."""
 VIEW_SLOT_BYTES: Final = 512
 NODE_NAME_BYTES: Final = 64
 FINGERPRINT_BYTES: Final = 32
@@ -49,9 +49,17 @@ class SlotState(IntEnum):
     FREE = 0
     """Nobody; its journal holds nothing live."""
     JOINING = 1
+    """Its node may do I/O, and serves nothing yet: the slot's journal may still hold what the
+    incarnation before it left."""
     ACTIVE = 2
     NEEDS_REPLAY = 3
     """Its node is gone and fenced; its journal is still to be replayed."""
+
+
+class ViewSlotFlag(IntFlag):
+    NONE = 0
+    JOURNAL_USED = 1
+    """Journal, orphan and reclaim root of the slot were written: from the first ACTIVE on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,7 @@ class ViewSlot:
     node_name: str = ""
     since_ns: int = 0
     """CLOCK_REALTIME of the last change of this entry; for people only."""
+    flags: ViewSlotFlag = ViewSlotFlag.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +143,7 @@ class View:
                 slot.incarnation,
                 slot.state,
                 slot.replay_by,
-                0,
+                slot.flags,
                 0,
                 slot.since_ns,
                 slot.fingerprint,
@@ -166,7 +175,7 @@ class View:
 
 def _decode_slot(block: bytes | bytearray | memoryview, at: int, address: int) -> ViewSlot:
     kind = BlockType.VIEW
-    incarnation, state, replay_by, _, _, since_ns, fingerprint, name = VIEW_SLOT.unpack_from(
+    incarnation, state, replay_by, flags, _, since_ns, fingerprint, name = VIEW_SLOT.unpack_from(
         block, at
     )
     return ViewSlot(
@@ -176,6 +185,7 @@ def _decode_slot(block: bytes | bytearray | memoryview, at: int, address: int) -
         fingerprint,
         unpack_text(name, address, kind, "node name"),
         since_ns,
+        ViewSlotFlag(flags),
     )
 
 

@@ -57,6 +57,7 @@ view_slots = st.builds(
     fingerprint=blobs(fmt.FINGERPRINT_BYTES),
     node_name=texts(fmt.NODE_NAME_BYTES),
     since_ns=times,
+    flags=st.integers(0, 1).map(fmt.ViewSlotFlag),
 )
 views = st.builds(
     fmt.View,
