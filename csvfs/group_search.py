@@ -1,0 +1,108 @@
+"""In which order the allocation groups are tried for one allocation, and what it means if all fail.
+
+    the goal's group, the groups that the caller prefers, then all others, upward from the goal's
+
+A group's blocks are read only under its lock, which is tried and never waited for; headers are
+asked for in growing lots, so that a volume whose first thousand groups are full costs a few
+rounds of reading and not a thousand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final
+
+from csvfs.errors import NoSpace
+from csvfs.format_block import BlockType
+from csvfs.format_geometry import Geometry
+from csvfs.group import Group
+from csvfs.locks import Resources
+from csvfs.transaction import BlockKey, NeedLock, Transaction
+from lockmgr.modes import Mode
+
+_MAX_LOT: Final = 256
+
+
+class GroupSearch:
+    """One search. ``seen_free`` remembers for later ones how many units were free where."""
+
+    __slots__ = ("_busy", "_geometry", "_goal", "_preferred", "_resources", "_seen_free", "_tx")
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        resources: Resources,
+        tx: Transaction,
+        goal: int | None,
+        preferred: Iterable[int],
+        seen_free: dict[int, int],
+    ) -> None:
+        self._geometry = geometry
+        self._resources = resources
+        self._tx = tx
+        self._goal = goal
+        self._preferred = preferred
+        self._seen_free = seen_free
+        self._busy: int | None = None
+
+    def order(self) -> Iterator[int]:
+        """All groups, in the order in which they are tried."""
+        geometry = self._geometry
+        tried = set()
+        first = 0
+        if self._goal is not None and geometry.holds_unit(self._goal):
+            first = geometry.group_of_unit(self._goal)
+            tried.add(first)
+            yield first
+        for number in self._preferred:
+            if number not in tried:
+                tried.add(number)
+                yield number
+        for number in range(first, first + geometry.group_count):
+            number %= geometry.group_count
+            if number not in tried:
+                yield number
+
+    def passes(self, minimum: int) -> Iterator[Iterator[int]]:
+        """First the groups that were not seen full; if that is of no use, the others."""
+        skipped: list[int] = []
+
+        def hopeful() -> Iterator[int]:
+            for number in self.order():
+                if self._seen_free.get(number, minimum) < minimum:
+                    skipped.append(number)
+                else:
+                    yield number
+
+        yield hopeful()
+        yield iter(skipped)
+
+    def locked(self, numbers: Iterator[int]) -> Iterator[Group]:
+        """Those of ``numbers`` whose lock is to be had without waiting."""
+        lot = 1
+        while chunk := list(islice(numbers, lot)):
+            held = [number for number in chunk if self._try_lock(number)]
+            if lot > 1:
+                self._tx.require(
+                    BlockKey(self._geometry.group_header(number), BlockType.GROUP_HEADER, number)
+                    for number in held
+                )
+            for number in held:
+                group = Group(self._tx, self._geometry, number)
+                self._seen_free[number] = group.free_units
+                yield group
+            lot = min(lot * 4, _MAX_LOT)
+
+    def _try_lock(self, number: int) -> bool:
+        if self._tx.try_lock(self._resources.group(number), Mode.EX):
+            return True
+        if self._busy is None:
+            self._busy = number
+        return False
+
+    def failure(self, reason: str) -> NeedLock | NoSpace:
+        """What to raise when nothing was found: a group was locked elsewhere, or all are full."""
+        if self._busy is not None:
+            return NeedLock(self._resources.group(self._busy), Mode.EX)
+        return NoSpace(reason)
