@@ -34,7 +34,7 @@ from csvfs.journal_record import JournalPlace, Record, parse_record, peek_record
 from csvfs.store import JournalStart
 from redirector.block.device import BlockDevice, MediumError
 
-READ_AHEAD_BLOCKS: Final = 256
+READ_AHEAD_BLOCKS: Final = 64
 
 
 class JournalDamaged(Exception):

@@ -12,7 +12,7 @@ what `commit` promised nor more than what was merged when the power was lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from struct import Struct
@@ -28,31 +28,30 @@ from csvfs.format import (
     seal,
     verify,
 )
-from csvfs.journal_record import JournalPlace
 from csvfs.replay import ReplayReport, initialise_journal, replay
 from csvfs.store import JournalStart, Store, open_store
 from csvfs.transaction import MAX_TX_BLOCKS, Transaction
 from redirector.block.medium import Blocks
 from redirector.block.simulated import SimulatedDevice, SimulatedLun
 from tests.crash import PORT, CrashRun, Cut, deterministic_run
+from tests.small_store import (
+    FIRST,
+    KIND,
+    LUN_BYTES,
+    PLACE,
+    VOLUME_ID,
+    fill,
+    resource_of,
+    sealed,
+    tag_of,
+)
 
-VOLUME_ID = b"store crash test"
-LUN_BYTES = 8 << 20
-PLACE = JournalPlace(VOLUME_ID, slot=0, address=16, blocks=256)
 ROOT = 400
-POOL = range(512, 572)
+POOL = range(FIRST, FIRST + 60)
 OWNERS = 5
-KIND = BlockType.XATTR
 
 _HEAD = Struct("<QQ")
 _ENTRY = Struct("<Q")
-_TAG = Struct("<Q")
-
-
-def resource_of(kind: BlockType, owner: int, flags: int) -> Hashable:
-    """One lock an owner; the root has its own."""
-    del flags
-    return "root" if kind == BlockType.ORPHAN_ROOT else owner
 
 
 def owner_of(address: int) -> int:
@@ -107,28 +106,20 @@ class Model:
         return self.states[number - self.first]
 
 
+def fill_root(root: bytearray, number: int, state: State) -> None:
+    payload = root_payload(number, state)
+    root[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
+
+
 def root_payload(number: int, state: State) -> bytes:
     return _HEAD.pack(number, len(state)) + b"".join(_ENTRY.pack(a) for a in sorted(state))
 
 
-def block_payload(tag: int) -> bytes:
-    return _TAG.pack(tag) * ((BLOCK_BYTES - HEADER_BYTES) // _TAG.size)
-
-
-def fill(block: bytearray, payload: bytes) -> None:
-    block[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
-
-
-def sealed(kind: BlockType, address: int, owner: int, payload: bytes, version: int) -> bytes:
-    block = new_block(kind, address, owner, VOLUME_ID)
-    fill(block, payload)
-    seal(block, version)
-    return bytes(block)
-
-
 async def format_store(device: SimulatedDevice) -> JournalStart:
     """An empty store: a root that names nothing."""
-    root = sealed(BlockType.ORPHAN_ROOT, ROOT, 0, root_payload(0, {}), 1)
+    root = new_block(BlockType.ORPHAN_ROOT, ROOT, 0, VOLUME_ID)
+    fill_root(root, 0, {})
+    seal(root, 1)
     await device.write(ROOT * BLOCK_BYTES, root, fua=True)
     return await initialise_journal(device, PLACE, 1)
 
@@ -229,7 +220,7 @@ class StoreWorkload:
             for address in edited + created:
                 tag = dice.getrandbits(64)
                 make = tx.edit if address in state else tx.create
-                fill(make(address, KIND, owner_of(address)), block_payload(tag))
+                fill(make(address, KIND, owner_of(address)), tag)
                 state[address] = Block(tag, self.model.last + 1)
             self._write_root(tx, state, created)
             tx.after_merge(lambda: self.run.count("create" if created else "edit"))
@@ -252,7 +243,7 @@ class StoreWorkload:
                 del state[address]
             for address in again:
                 tag = dice.getrandbits(64)
-                fill(tx.create(address, KIND, owner_of(address)), block_payload(tag))
+                fill(tx.create(address, KIND, owner_of(address)), tag)
                 state[address] = Block(tag, self.model.last + 1)
             left = [a for a in freed if a not in again]
             self._write_root(tx, state, again)
@@ -276,7 +267,7 @@ class StoreWorkload:
     def _write_root(self, tx: Transaction, state: State, created: list[int]) -> None:
         model = self.model
         number = model.last + 1
-        fill(tx.edit(ROOT, BlockType.ORPHAN_ROOT, 0), root_payload(number, state))
+        fill_root(tx.edit(ROOT, BlockType.ORPHAN_ROOT, 0), number, state)
 
         def merged() -> None:
             assert model.last == number - 1
@@ -310,9 +301,7 @@ class StoreWorkload:
         for address in addresses:
             if rng.random() < 0.7:
                 tag = rng.getrandbits(64)
-                forged = sealed(
-                    KIND, address, owner_of(address), block_payload(tag), VERSION_LIMIT - 1
-                )
+                forged = sealed(address, tag, VERSION_LIMIT - 1, owner_of(address))
                 await self._write_outside(store, address, forged, data=True)
                 self.run.count("data written where metadata was")
 
@@ -340,18 +329,13 @@ class StoreWorkload:
             if owner_of(address) == owner:
                 home = await store.device.read(address * BLOCK_BYTES, BLOCK_BYTES)
                 verify(home, address, KIND, VOLUME_ID, owner)
-                assert block_tag(home) == self._tag_now(address, block)
+                assert tag_of(home) == self._tag_now(address, block)
         store.drop_owned(owner)
         mine = [a for a in self.model.now if owner_of(a) == owner]
         touched = rng.sample(mine, min(3, len(mine)))
         for address in touched[:1]:
-            content = sealed(
-                KIND,
-                address,
-                owner,
-                block_payload(rng.getrandbits(64)),
-                store.cache.greatest_version + 1000,
-            )
+            version = store.cache.greatest_version + 1000
+            content = sealed(address, rng.getrandbits(64), version, owner)
             await self._write_outside(store, address, content, data=False)
             self.run.count("edited by another node")
         await self._freed_by_another_node(store, touched[1:], rng)
@@ -362,7 +346,7 @@ class StoreWorkload:
         tag = block.tag
         for entry in self.model.outside.get(address, ()):
             if entry.after >= block.changed_by:
-                tag = block_tag(entry.content)
+                tag = tag_of(entry.content)
         return tag
 
     async def _freed_by_another_node(self, store: Store, addresses: list[int], rng: Random) -> None:
@@ -377,10 +361,6 @@ class StoreWorkload:
             await self._use_as_data(store, addresses, rng)
             self.run.count("freed by another node")
             self.resting.difference_update(addresses)
-
-
-def block_tag(block: bytes | bytearray) -> int:
-    return int(_TAG.unpack_from(block, HEADER_BYTES)[0])
 
 
 # -- after the crash -------------------------------------------------------------------------------
@@ -423,7 +403,7 @@ class StoreVerifier:
             tag = self._tag(address, block, cut.position)
             if tag is not None:
                 verify(blocks[address], address, KIND, VOLUME_ID, owner_of(address))
-                assert block_tag(blocks[address]) == tag, f"block {address} of state {number}"
+                assert tag_of(blocks[address]) == tag, f"block {address} of state {number}"
         for address in model.outside.keys() - state.keys():
             self._verify_data(address, blocks.get(address, b""), number, cut.position)
         return int(number)
@@ -435,7 +415,7 @@ class StoreVerifier:
         for entry in self.model.outside.get(address, ()):
             if entry.after >= block.changed_by and entry.begun_at <= position:
                 settled = entry.stable_at is not None and entry.stable_at <= position
-                tag = block_tag(entry.content) if settled else None
+                tag = tag_of(entry.content) if settled else None
         return tag
 
     def _verify_data(self, address: int, content: bytes, number: int, position: int) -> None:
@@ -459,7 +439,7 @@ def next_life(cut: Cut, verifier: StoreVerifier) -> tuple[Model, SimulatedLun]:
 
     deterministic_run(recover, cut.run.seed)
     number = verifier.verify(cut, found.blocks)
-    state = {a: Block(block_tag(found.blocks[a]), number) for a in verifier.model.state(number)}
+    state = {a: Block(tag_of(found.blocks[a]), number) for a in verifier.model.state(number)}
     return Model(number, [state]), SimulatedLun(LUN_BYTES, blocks=cut.lun.blocks, record=True)
 
 

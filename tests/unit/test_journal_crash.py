@@ -8,7 +8,8 @@ import pytest
 
 from redirector.block.simulated import SimulatedLun
 from tests.crash import CrashReport, cut_everywhere, make_cut, record_workload, show
-from tests.store_workload import LUN_BYTES, Model, StoreVerifier, StoreWorkload, next_life
+from tests.small_store import LUN_BYTES
+from tests.store_workload import Model, StoreVerifier, StoreWorkload, next_life
 
 TYPES = {
     "create",
@@ -52,7 +53,7 @@ def test_every_promise_survives_power_loss() -> None:
 @pytest.mark.full
 def test_every_promise_survives_power_loss_after_every_write() -> None:
     total = CrashReport()
-    for seed in range(100, 120):
-        total.add(live_and_die(seed, lives=4, steps=60, every=1, images=2))
+    for seed in range(100, 110):
+        total.add(live_and_die(seed, lives=4, steps=60, every=1))
     show(total)
     assert_covered(total)
