@@ -6,8 +6,11 @@
  * by one; when the window closes, the session stays two below it (one place for a ping), and dares a
  * little more every second.
  */
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/socket.h>
 
 #include "internal.h"
 
@@ -300,13 +303,16 @@ static void widen_window(struct csv_session *session)
     session->widen_at_ms = session->now_ms + WIDEN_EVERY_MS;
 }
 
-void csv_issue(struct csv_session *session)
+/* Several small PDUs, or a command and its data, are one segment and one wake-up of the target. */
+static void cork(struct csv_session *session, int on)
+{
+    setsockopt(iscsi_get_fd(session->context), IPPROTO_TCP, TCP_CORK, &on, sizeof on);
+}
+
+static void issue_pending(struct csv_session *session)
 {
     bool unsent = false;
 
-    if (!session->pending || iscsi_which_events(session->context) & POLLOUT)
-        return;
-    widen_window(session);
     while (session->pending && session->in_flight < session->window && !session->losing) {
         struct csv_request *request = session->pending;
         if (request->op == CSV_LOGOUT && session->in_flight)
@@ -333,6 +339,20 @@ void csv_issue(struct csv_session *session)
     }
     if (unsent)
         push_out(session);
+}
+
+void csv_issue(struct csv_session *session)
+{
+    if (!session->pending || session->in_flight >= session->window ||
+        iscsi_which_events(session->context) & POLLOUT)
+        return;
+    widen_window(session);
+    bool corked = session->pending->next || session->pending->op == CSV_WRITE;
+    if (corked)
+        cork(session, 1);
+    issue_pending(session);
+    if (corked)
+        cork(session, 0);
 }
 
 void csv_ping(struct csv_session *session)
