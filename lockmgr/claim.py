@@ -129,8 +129,10 @@ class NodeLock:
         "drain",
         "drained",
         "exclusive_modes",
+        "grant",
         "granted_at",
         "held",
+        "lowers_for",
         "phase",
         "resource",
         "serial",
@@ -154,6 +156,8 @@ class NodeLock:
         self.asked: Mode | None = None
         self.asked_for: Claim | None = None
         self.serial = 0
+        self.grant = 0
+        """The serial of the request that was granted last."""
         self.cancelled = False
         self.wanted = Mode.NL
         self.timer_at: float | None = None
@@ -171,6 +175,8 @@ class NodeLock:
         # -- giving up
         self.phase = Phase.HELD
         self.target = Mode.NL
+        self.lowers_for: Claim | None = None
+        """The claim that was next when the demotion began; it may be the reason for it."""
         self.shed = False
         self.served = False
         """A claim above target was there or came since the pass began or drained."""

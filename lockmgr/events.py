@@ -160,7 +160,7 @@ class Demote:
 @dataclass(frozen=True, slots=True)
 class Drained:
     """No claim above the mode of the demotion is left and none is let in; or the demotion has to
-    be repeated anyway, because the master granted something while the owner waited.
+    be repeated anyway, for the sake of a claim that this wait would wait for in vain.
     """
 
     resource: Resource

@@ -91,10 +91,13 @@ class Cancel(Message):
 class Lower(Message):
     """The node has given up all that ``mode`` does not cover; None: the lock itself.
 
-    ``value`` is the new value block when the node changed it under the PW or EX that it leaves.
-    A conversion that waits stays where it is in the queue.
+    ``grant`` is the serial of the last `Granted` that the node had seen: if another is on its way
+    to it, that one prevails, and of this message only the value block counts. ``value`` is the
+    new value block when the node changed it under the PW or EX that it leaves. A conversion that
+    waits stays where it is in the queue.
     """
 
+    grant: int
     mode: Mode | None
     value: ValueBlock | None = None
 

@@ -246,9 +246,10 @@ class NodeLocks(Progress):
     def _granted(self, message: Granted) -> None:
         lock = self._answered_lock(message)
         lock.held = message.mode
+        lock.grant = message.serial
         lock.granted_at = self._now
         lock.wanted = Mode.NL  # the master says again what others want, after each grant
-        if not lock.value_changed:
+        if message.value.sequence >= lock.value.sequence:
             lock.value = message.value
         self.counters.master_grants += 1
         if lock.phase is not Phase.HELD:

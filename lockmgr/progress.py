@@ -74,6 +74,9 @@ class Progress:
         held = lock.held
         if held is None:
             return None
+        head = self._head(lock)
+        if lock.phase is not Phase.HELD and head is not None and self._aside(lock, head):
+            return meet(held, lock.need(head))
         if lock.shed:
             return Mode.NL
         if not COMPATIBLE[held][lock.wanted]:
@@ -83,13 +86,19 @@ class Progress:
             if lock.timer_at != hold_ends:
                 lock.timer_at = hold_ends
                 self._timers.set(hold_ends, lock)
+        if lock.phase is Phase.HELD:
+            aside = head is not None and lock.asked is None and self._aside(lock, head)
+            return meet(held, lock.need(head)) if head is not None and aside else None
+        # Whoever overtook that claim while the gate was open is about to leave.
+        first = lock.lowers_for
+        if first is None or first.state not in (ClaimState.WAITING, ClaimState.CONVERTING):
             return None
-        first = next(lock.queued, None)
-        if first is not None and lock.asked is None and lock.fits_here(first):
-            need = lock.need(first)
-            if not COVERS[need][held] and not COVERS[held][need]:
-                return meet(held, need)
-        return None
+        common = meet(held, first.wanted_mode)
+        return None if common in (held, first.wanted_mode) else common
+
+    def _aside(self, lock: NodeLock, claim: Claim) -> bool:
+        """Would asking for this claim give up something that the node holds?"""
+        return lock.held is not None and not COVERS[lock.need(claim)][lock.held]
 
     def _phase_changed(self, lock: NodeLock) -> bool:
         """Begin or continue to give up. True: the gate has changed, look at the queues again."""
@@ -97,6 +106,7 @@ class Progress:
             goal = self._goal(lock)
             if goal is None or lock.held is Mode.NL:
                 return False
+            lock.lowers_for = self._head(lock)
             self._begin_pass(lock, Phase.FIRST, goal)
             return True
         if lock.phase is Phase.DRAINING:
@@ -109,9 +119,15 @@ class Progress:
                 return False
             self._begin_pass(lock, Phase.LAST, goal)
             return True
-        if lock.drain and not lock.drained and not lock.above_target():
+        if lock.drain and not lock.drained:
+            head = self._head(lock)
+            if not lock.above_target():
+                lock.served = False
+            elif head is None or not self._aside(lock, head):
+                return False
+            # Otherwise the claim that the drain waits for needs another demotion before it can go
+            # on. This pass ends as one in which the lock was used.
             lock.drained = True
-            lock.served = False
             self._out.append(Drained(lock.resource))
         return False
 
@@ -139,8 +155,10 @@ class Progress:
         if lock.value_changed and (mode is None or not WRITES_VALUE[mode]):
             value = lock.value
             lock.value_changed = False
-        self._send(Lower(lock.resource, self.epoch, self.node, mode, value))
+        self._send(Lower(lock.resource, self.epoch, self.node, lock.grant, mode, value))
         lock.held = mode
+        if mode is None:
+            lock.value = ValueBlock()
         if mode is None or COMPATIBLE[mode][lock.wanted]:
             lock.wanted = Mode.NL
 
@@ -172,7 +190,7 @@ class Progress:
             self._reconsider(lock)
             return
         claim = self._head(lock)
-        if claim is None:
+        if claim is None or self._aside(lock, claim):
             lock.asked_for = None
             return
         self._serial += 1

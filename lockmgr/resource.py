@@ -14,6 +14,8 @@ Who is granted, and when:
   deadlock. (VMS lets every conversion overtake, or none with LCK$M_QUECVT; the first starves,
   the second deadlocks.)
 - Lowering is granted always, at once; while the node's conversion waits, it keeps its place.
+  A conversion may be granted while its node, which cannot know yet, lowers what it had before:
+  the grant prevails, and the node will hold what it grants.
 
 Blocking notifications: a request that has to wait tells each node whose held mode is incompatible
 with it, once; a node that is granted something anew while it waits is told again, since what it
@@ -69,15 +71,21 @@ class Queued:
 class MasteredResource:
     """One resource at its master. `step` takes a message and returns those it causes, in order."""
 
-    __slots__ = ("converting", "epoch", "granted", "resource", "value", "waiting")
+    __slots__ = ("_serials", "converting", "epoch", "granted", "resource", "value", "waiting")
 
     def __init__(self, resource: Resource, epoch: int) -> None:
         self.resource = resource
         self.epoch = epoch
         self.granted: dict[int, Mode] = {}
+        self._serials: dict[int, int] = {}
+        """Which request of the node was granted last."""
         self.converting: list[Queued] = []
         self.waiting: list[Queued] = []
         self.value = ValueBlock()
+
+    def granted_serial(self, node: int) -> int:
+        """Which request of ``node`` was granted last; 0: none that still counts."""
+        return self._serials.get(node, 0)
 
     @property
     def empty(self) -> bool:
@@ -123,16 +131,21 @@ class MasteredResource:
 
     def _lower(self, message: Lower, out: list[NodeBound]) -> None:
         held = self.granted.get(message.node)
-        if held is None or (message.mode is not None and not COVERS[held][message.mode]):
+        crossed = message.mode is not None and message.grant != self.granted_serial(message.node)
+        fits = message.mode is None or crossed or (held is not None and COVERS[held][message.mode])
+        if held is None or not fits:
             raise ProtocolViolation(f"node {message.node} holds {held}, cannot {message}")
         if message.value is not None:
             if not WRITES_VALUE[held] or message.value.sequence <= self.value.sequence:
                 raise ProtocolViolation(f"value block {self.value} under {held}: {message}")
             self.value = message.value
+        if crossed:
+            return
         if message.mode is None:
             if any(queued.node == message.node for queued in self.converting):
                 raise ProtocolViolation(f"node {message.node} releases what it converts: {message}")
             del self.granted[message.node]
+            del self._serials[message.node]
             self._forget_told(message.node)
         else:
             self.granted[message.node] = message.mode
@@ -174,6 +187,7 @@ class MasteredResource:
 
     def _grant(self, queued: Queued, out: list[NodeBound]) -> None:
         self.granted[queued.node] = queued.mode
+        self._serials[queued.node] = queued.serial
         self._forget_told(queued.node)
         out.append(
             Granted(self.resource, self.epoch, queued.node, queued.serial, queued.mode, self.value)

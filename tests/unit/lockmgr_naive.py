@@ -53,9 +53,7 @@ class NaiveMaster:
 
     def _fits(self, request: NaiveRequest) -> bool:
         return all(
-            together(request.mode, mode)
-            for node, mode in self.held.items()
-            if node != request.node
+            together(request.mode, mode) for node, mode in self.held.items() if node != request.node
         )
 
     def _allowed(self) -> NaiveRequest | None:
@@ -166,6 +164,9 @@ class NaiveNode:
         ]
         return not earlier or bool(blocks_earlier)
 
+    def _first_fits(self) -> bool:
+        return self.fits(self.waiting[0], self.waiting[0].mode)
+
     def settle(self) -> None:
         """Grant all that can be granted, one at a time."""
         while True:
@@ -179,9 +180,7 @@ class NaiveNode:
                 assert claim.wants is not None
                 claim.mode, claim.wants, claim.deadline = claim.wants, None, None
                 self.converting.remove(claim)
-            elif (
-                self.waiting and not self.converting and self.fits(self.waiting[0], self.waiting[0].mode)
-            ):
+            elif not self.converting and self.waiting and self._first_fits():
                 claim = self.waiting.pop(0)
                 claim.deadline = None
                 self.held.append(claim)
