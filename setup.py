@@ -35,16 +35,15 @@ class BuildExtension(build_ext):
 
     def build_extensions(self) -> None:
         missing = [(what, package) for what, package, text in NEEDED if not self._compiles(text)]
-        if any(package == "gcc" for _, package in missing):
-            missing = missing[:1]
         if missing:
-            names = " ".join(package for _, package in missing)
+            what = missing[0][0] if missing[0][1] == "gcc" else ", ".join(w for w, _ in missing)
+            version = f"{sys.version_info.major}.{sys.version_info.minor}"
+            python = f"\n(python3-dev: of Python {version}, which builds here.)"
+            packages = " ".join(package for _, package in missing)
             raise SystemExit(
-                f"\ncsvfs cannot build its native part: {' and '.join(w for w, _ in missing)}"
-                f" {'is' if len(missing) == 1 else 'are'} missing.\n"
-                f"On Debian and Ubuntu:\n\n    apt-get install {names}\n\n"
-                "(python3-dev must be of the Python that builds, "
-                f"{sys.version_info.major}.{sys.version_info.minor}.)\n"
+                f"\ncsvfs cannot build its native part; missing: {what}.\n"
+                f"On Debian and Ubuntu:\n\n    apt-get install {packages}\n"
+                f"{python if 'python3-dev' in packages else ''}\n"
             )
         super().build_extensions()
 
