@@ -47,6 +47,7 @@ from csvfs.unit_map import (
     find_run,
     first_other,
     longest_run,
+    run_at,
     set_states,
     take_block,
 )
@@ -112,15 +113,16 @@ class Groups:
         Raises `NoSpace` when no group has ``minimum`` units in a row, `NeedLock` when one that
         could not be locked may.
         """
-        assert 1 <= minimum <= count
+        assert 1 <= minimum <= min(count, UNITS_PER_MAP)
+        enough = max(minimum, min(count, GOOD_RUN_UNITS))
         search = self._search(tx, goal, groups)
         for numbers in search.passes(minimum):
             best: _Candidate | None = None
             short = 0
             for group in search.locked(numbers):
-                candidate = self._search_group(tx, group, count, goal)
+                candidate = self._search_group(tx, group, count, goal, enough)
                 units = candidate.found.units
-                if units >= min(count, GOOD_RUN_UNITS):
+                if units >= enough:
                     return self._take(tx, candidate)
                 if units < minimum:
                     continue
@@ -233,9 +235,9 @@ class Groups:
 
     # -- within one group ------------------------------------------------------------------
     def _search_group(
-        self, tx: Transaction, group: Group, count: int, goal: int | None
+        self, tx: Transaction, group: Group, count: int, goal: int | None, enough: int
     ) -> _Candidate:
-        """The run of ``count`` free units that is nearest to the goal, else the longest."""
+        """``enough`` units at the goal, else the nearest run of ``count``, else the longest."""
         free = group.available(tx.privileged)
         if not free:
             return _Candidate(group, 0, Found(0, 0))
@@ -252,6 +254,8 @@ class Groups:
             if step == 1:
                 group.require_maps()
             mask = group.free_mask(index)
+            if step == 0 and (at_goal := run_at(mask, start, count)) >= enough:
+                return _Candidate(group, index, Found(start, at_goal))
             if mask:
                 at = find_run(mask, count, position)
                 if at is not None:
@@ -320,19 +324,19 @@ class Groups:
         self, group: Group, index: int, position: int, count: int, state: UnitState
     ) -> None:
         """All of these units must be in ``state``."""
-        first = group.first_unit + index * UNITS_PER_MAP
         other: int | None = position
         found = UnitState.FREE
         if group.is_ready(index):
             block = group.read_map(index)
             other = first_other(block, position, count, state)
-            if other is None:
-                return
-            found = unit_state(block, other)
-        raise Damaged(
-            f"unit {first + position if other is None else first + other} of group"
-            f" {group.number} is to be freed as {state.name.lower()} and is {found.name.lower()}"
-        )
+            if other is not None:
+                found = unit_state(block, other)
+        if other is not None:
+            unit = group.first_unit + index * UNITS_PER_MAP + other
+            raise Damaged(
+                f"unit {unit} of group {group.number} is to be freed as {state.name.lower()}"
+                f" and is {found.name.lower()}"
+            )
 
     def _contradiction(self, group: Group, maps: str) -> Damaged:
         return Damaged(

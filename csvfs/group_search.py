@@ -10,7 +10,6 @@ rounds of reading and not a thousand.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Final
 
 from csvfs.errors import NoSpace
@@ -21,13 +20,23 @@ from csvfs.locks import Resources
 from csvfs.transaction import BlockKey, NeedLock, Transaction
 from lockmgr.modes import Mode
 
+_LOT_GROWTH: Final = 4
 _MAX_LOT: Final = 256
 
 
 class GroupSearch:
     """One search. ``seen_free`` remembers for later ones how many units were free where."""
 
-    __slots__ = ("_busy", "_geometry", "_goal", "_preferred", "_resources", "_seen_free", "_tx")
+    __slots__ = (
+        "_busy",
+        "_geometry",
+        "_goal",
+        "_passed",
+        "_preferred",
+        "_resources",
+        "_seen_free",
+        "_tx",
+    )
 
     def __init__(
         self,
@@ -45,6 +54,7 @@ class GroupSearch:
         self._preferred = preferred
         self._seen_free = seen_free
         self._busy: int | None = None
+        self._passed = 0
 
     def order(self) -> Iterator[int]:
         """All groups, in the order in which they are tried."""
@@ -72,6 +82,7 @@ class GroupSearch:
             for number in self.order():
                 if self._seen_free.get(number, minimum) < minimum:
                     skipped.append(number)
+                    self._passed += 1
                 else:
                     yield number
 
@@ -79,20 +90,31 @@ class GroupSearch:
         yield iter(skipped)
 
     def locked(self, numbers: Iterator[int]) -> Iterator[Group]:
-        """Those of ``numbers`` whose lock is to be had without waiting."""
-        lot = 1
-        while chunk := list(islice(numbers, lot)):
-            held = [number for number in chunk if self._try_lock(number)]
-            if lot > 1:
-                self._tx.require(
-                    BlockKey(self._geometry.group_header(number), BlockType.GROUP_HEADER, number)
-                    for number in held
-                )
-            for number in held:
-                group = Group(self._tx, self._geometry, number)
-                self._seen_free[number] = group.free_units
-                yield group
-            lot = min(lot * 4, _MAX_LOT)
+        """Those of ``numbers`` whose lock is to be had without waiting.
+
+        The first alone, and more at a time the more were passed by: by an earlier run of the
+        same body, too, which saw them full.
+        """
+        lot: list[int] = []
+        for number in numbers:
+            lot.append(number)
+            if len(lot) > min(_LOT_GROWTH * self._passed, _MAX_LOT):
+                yield from self._read(lot)
+                lot = []
+        yield from self._read(lot)
+
+    def _read(self, lot: list[int]) -> Iterator[Group]:
+        held = [number for number in lot if self._try_lock(number)]
+        self._passed += len(lot)
+        if len(held) > 1:
+            self._tx.require(
+                BlockKey(self._geometry.group_header(number), BlockType.GROUP_HEADER, number)
+                for number in held
+            )
+        for number in held:
+            group = Group(self._tx, self._geometry, number)
+            self._seen_free[number] = group.free_units
+            yield group
 
     def _try_lock(self, number: int) -> bool:
         if self._tx.try_lock(self._resources.group(number), Mode.EX):
