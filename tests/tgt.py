@@ -91,6 +91,7 @@ class Tgt:
         self._control = secrets.randbelow(30_000)
         self._process: subprocess.Popen[bytes] | None = None
         self._backing: dict[int, Path] = {}
+        self._block_bytes: dict[int, int] = {}
         self._environment = {**os.environ, "TGT_IPC_SOCKET": str(self.directory / "ctl")}
         atexit.register(self.stop)
         try:
@@ -130,9 +131,18 @@ class Tgt:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     # -- what it holds ----------------------------------------------------------------------
-    def add_lun(self, size_bytes: int | None = None, *, path: Path | None = None) -> int:
+    def add_lun(
+        self,
+        size_bytes: int | None = None,
+        *,
+        path: Path | None = None,
+        number: int | None = None,
+        block_bytes: int = 512,
+    ) -> int:
         """Add a LUN, on a fresh sparse file of that size or on ``path``; return its number."""
-        number = max(self._backing, default=0) + 1
+        if number is None:
+            number = max(self._backing, default=0) + 1
+        self._block_bytes[number] = block_bytes
         if path is None:
             path = self._new_backing(number, size_bytes if size_bytes is not None else 64 << 20)
         self._backing[number] = path
@@ -310,7 +320,8 @@ class Tgt:
 
     def _create_lun(self, lun: int, path: Path) -> None:
         unit = ("--mode", "logicalunit", "--tid", "1", "--lun", str(lun))
-        self.admin("--op", "new", *unit, "-b", str(path))
+        block = str(self._block_bytes.get(lun, 512))
+        self.admin("--op", "new", *unit, "-b", str(path), "--blocksize", block)
         serial = f"{self.iqn.rpartition(':')[2]}{lun:02x}"
         parameters = f"scsi_sn={serial},scsi_id=CSVFS {serial}"
         if self._thin:

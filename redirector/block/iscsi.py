@@ -29,6 +29,8 @@ from redirector.block.iscsi_device import IscsiDevice
 from redirector.block.url import ISCSI_PORT, LunUrl
 from redirector.native.nexus import Nexus, milliseconds_until, wait
 
+_CLOCK_GRAIN_S = 0.05
+"""Between trio's clock and the session's, which counts milliseconds."""
 _ANONYMOUS_INITIATOR = "iqn.2026-11.org.csvfs:anonymous"
 
 # Login status class and detail (RFC 7143 11.13.5).
@@ -113,6 +115,8 @@ class IscsiLun(Lun):
             )
             completion = await wait()
             if completion is not None and completion.unknown:
+                if trio.current_time() < deadline - _CLOCK_GRAIN_S:
+                    raise Unreachable(f"{self.url}: {nexus.why}")
                 raise TimeoutError(
                     f"{self.url}: LOGICAL UNIT RESET was not answered within {timeout_s} s"
                 )
@@ -129,7 +133,10 @@ class IscsiLun(Lun):
         addresses = await self._addresses(deadline)
         for number, portal in enumerate(addresses, 1):
             share_ms = milliseconds_until(deadline) // (len(addresses) - number + 1)
-            nexus, completion = await Nexus.open(**self._session_config(port, portal, share_ms))
+            try:
+                nexus, completion = await Nexus.open(**self._session_config(port, portal, share_ms))
+            except OSError as error:
+                raise LoginFailed(f"{self.url}: no thread or descriptor: {error}") from error
             if completion is None:
                 return nexus
             failure = self._login_failure(completion.status, nexus.why)

@@ -263,8 +263,8 @@ def parse_serial(body: bytes) -> str:
 
 _T10, _EUI64, _NAA = 1, 2, 3
 _NAA_LOCAL = 16
-"""Not a code of the standard: an NAA designator of format 3h, which is unique within one array (tgt:
-the target's number and the LUN's) and therefore the last choice."""
+"""Not a code of the standard: an NAA designator of format 3h, which is unique within one array
+(tgt: the target's number and the LUN's) and therefore the last choice."""
 _DESIGNATOR_ORDER = (_NAA, _EUI64, _T10, _NAA_LOCAL)
 
 

@@ -128,6 +128,8 @@ cdef class Session:
             raise ValueError(f"libiscsi cannot express the ISID {isid:#014x}")
         if not 0 < max_in_flight <= CSV_MAX_IN_FLIGHT:
             raise ValueError(f"max_in_flight is 1 to {CSV_MAX_IN_FLIGHT}, not {max_in_flight}")
+        if not 0 <= lun < 1 << 14:
+            raise ValueError(f"a LUN is 0 to 16383, not {lun}")
         texts = [text.encode() for text in (portal, target, initiator, user, password)]
         for text in texts:
             if len(text) > 223 or b"\0" in text:

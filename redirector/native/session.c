@@ -250,9 +250,16 @@ struct csv_session *csv_session_open(const struct csv_config *config, struct csv
     if (!copy_text(session->portal, config->portal) || !copy_text(session->target, config->target) ||
         !copy_text(session->initiator, config->initiator) ||
         !copy_text(session->user, config->user) || !copy_text(session->password, config->password) ||
-        !csv_isid_valid(config->isid) || !config->max_in_flight ||
+        !csv_isid_valid(config->isid) || config->lun > 0x3fff || !config->max_in_flight ||
         config->max_in_flight > CSV_MAX_IN_FLIGHT)
         goto failed;
+    session->config.portal = session->portal;
+    session->config.target = session->target;
+    session->config.initiator = session->initiator;
+    session->config.user = session->user;
+    session->config.password = session->password;
+    if (config->lun > 255) /* flat space addressing (SAM-5 4.7.7.3); below, peripheral */
+        session->config.lun = config->lun | 0x4000;
     session->login = login;
     session->window = config->max_in_flight;
     session->proven = 1;

@@ -80,7 +80,7 @@ struct csv_config {
     const char *user;     /* "" without CHAP */
     const char *password; /* "" without CHAP */
     uint64_t isid;        /* 48 bits; see csv_isid_valid */
-    uint32_t lun;
+    uint32_t lun;         /* at most 16383 */
     bool header_digest;          /* insist on CRC32C header digests */
     uint32_t login_timeout_ms;   /* connect and login together */
     uint32_t command_timeout_ms; /* an unanswered command makes the session lost */

@@ -67,6 +67,19 @@ async def test_a_lun_that_is_not_thin_has_no_unmap() -> None:
                 await device.unmap([(0, 4096)])
 
 
+async def test_a_lun_of_4096_byte_blocks_with_a_large_number(tgt: Tgt) -> None:
+    number = tgt.add_lun(16 << 20, number=1000, block_bytes=4096)
+    async with await lun_of(tgt, number).login(A) as device:
+        assert device.identity.logical_block_bytes == 4096
+        assert device.identity.size_bytes == 16 << 20
+        await device.write(8192, b"f" * 4096)
+        with pytest.raises(ValueError, match="block"):
+            await device.write(8192, b"f" * 512)
+        await device.unmap([(12288, 4096)])
+    assert tgt.backing(number).read_bytes()[8192:12289] == b"f" * 4096 + b"\0"
+    tgt.remove_lun(number)
+
+
 async def test_data_reaches_the_backing_file(tgt: Tgt) -> None:
     async with await lun_of(tgt).login(A) as device:
         await device.write(1 << 20, b"stable" + bytes(506), fua=True)

@@ -146,6 +146,23 @@ async def test_a_cancelled_close_drops_the_connection(tgt: Tgt) -> None:
     assert device.lost
 
 
+async def test_a_reset_whose_connection_is_cut(tgt: Tgt) -> None:
+    lun = lun_of(tgt)
+    async with await lun.login(A) as device:
+        tgt.hold_writes()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_unknown, device)
+            await until(lambda: tgt.held_writes() == 1)
+
+            async def reset() -> None:
+                with pytest.raises(Unreachable):
+                    await lun.reset(timeout_s=20)
+
+            nursery.start_soon(reset)
+            await until(lambda: len(tgt.connections()) == 2)
+            tgt.cut()
+
+
 @pytest.mark.parametrize("window", [1, 3, 16])
 async def test_the_target_has_a_small_window(window: int) -> None:
     """Thousands of commands at once: what does not fit the target's window waits here."""
