@@ -31,7 +31,7 @@ from lockmgr.errors import LockTimeout, ManagerClosed
 from lockmgr.events import Patience
 from lockmgr.lock import Acquisition, Lock
 from lockmgr.messages import Resource
-from lockmgr.modes import Mode
+from lockmgr.modes import COVERS, Mode
 from lockmgr.settings import Settings
 from lockmgr.snapshot import LockSnapshot, Statistics
 
@@ -195,6 +195,13 @@ class LockManager:
             del self._glimpses[ticket]
         return answers[0]
 
+    def node_holds(self, resource: Resource, mode: Mode) -> bool:
+        """Does this node have ``mode`` or more, in use or cached? Then what it allows to cache
+        is true.
+        """
+        lock = self.core.locks.locks.get(resource.name)
+        return lock is not None and lock.held is not None and COVERS[lock.held][mode]
+
     # -- what there is ---------------------------------------------------------------------
     def statistics(self) -> Statistics:
         """Counters and gauges."""
@@ -213,9 +220,10 @@ class LockManager:
         """
         if self._closed:
             return
-        self._emptied = trio.Event()
         self._step(events.Close())
         while self.core.locks.locks:
+            if self._emptied.is_set():  # an owner has taken a lock since
+                self._emptied = trio.Event()
             with trio.move_on_after(CLOSE_REMINDER_S):
                 await self._emptied.wait()
             for lock in self.snapshot():

@@ -126,6 +126,12 @@ class Cluster:
         else:
             self.step(node, Release(claim))
 
+    def cache(self, node: int, resource: Resource, mode: Mode) -> None:
+        """Have ``mode`` cached."""
+        claim = self.acquire(node, resource, mode)
+        self.settle()
+        self.release(claim)
+
     def withdraw(self, claim: Claim) -> None:
         self.step(self.waiting.pop(claim), Withdraw(claim))
 
