@@ -127,6 +127,6 @@ async def serve() -> None:
         await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
 
 
-def opens_fuse() -> bool:
+def can_open_fuse() -> bool:
     """Can this process open /dev/fuse?"""
     return os.access("/dev/fuse", os.R_OK | os.W_OK)

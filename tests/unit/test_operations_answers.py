@@ -28,9 +28,7 @@ def test_every_filesystem_error_has_an_errno(kind: type[errors.FilesystemError])
         assert errno_of(errors.AttributeTooBig("v", value=True)) == errno.E2BIG
         assert errno_of(errors.AttributeTooBig("n", value=False)) == errno.ERANGE
     else:
-        number = errno_of(kind("x"))
-        assert number is not None
-        assert f"{errno.errorcode[number]}" in str(errors.__doc__)
+        assert errno_of(kind("x")) is not None
 
 
 def test_errors_of_the_lun() -> None:
