@@ -283,7 +283,8 @@ def remove_range(
     """Make a hole of the logical units [first, end), a batch at a time.
 
     One call takes at most ``max_extents`` records (and the two that it cuts) and ends when the
-    transaction uses ``max_blocks`` blocks; see `TreeEditor.remove_range`.
+    transaction uses ``max_blocks`` blocks (it does nothing if that is so from the start, and a
+    record is not cut); see `TreeEditor.remove_range`.
     """
     runs: list[tuple[int, int]] = []
     cut = next(iter(extents(tree.reader, tree.root, first)), None)
@@ -295,6 +296,7 @@ def remove_range(
         if keep + removed < cut.units:
             _put(tree, cut, keep + removed, cut.units)
             return RemovedUnits(runs, end, True)
+        first += removed
     batch = tree.remove_range(first, end, max_blocks=max_blocks, max_items=max_extents)
     next_unit = first
     for logical, value in batch.items:

@@ -156,6 +156,14 @@ def test_removal_in_batches_gives_every_unit_once() -> None:
     assert file.blocks.run(lambda reader: verify(reader, ROOT)).entries == 1000 - len(runs)
 
 
+def test_a_batch_that_only_cuts_a_record_gets_on() -> None:
+    file = File()
+    file.insert(0, 1000, 10)
+    file.insert(10, 2000, 10)
+    assert file.remove(5, 20, 1) == RemovedUnits([(1005, 5)], 10, False)
+    assert file.remove(10, 20, 1) == RemovedUnits([(2000, 10)], 20, True)
+
+
 def test_mapping_twice_and_writing_a_hole_are_refused() -> None:
     file = File()
     file.insert(10, 1000, 10)
