@@ -15,18 +15,49 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+import trio
+
 from csvfs.allocator import Groups
 from csvfs.btree import TreeRoot
 from csvfs.btree_edit import TreeEditor
-from csvfs.format_block import BLOCKS_PER_UNIT, BlockType
-from csvfs.format_geometry import Geometry
+from csvfs.errors import Damaged
+from csvfs.extent_map import Placed
+from csvfs.extents import goal as extent_goal
+from csvfs.extents import insert_units, remove_range
+from csvfs.format_block import BLOCKS_PER_UNIT, UNIT_BYTES, BlockType
+from csvfs.format_geometry import Geometry, unit_of
 from csvfs.format_inode import ORPHAN_VALUE, RECLAIM_VALUE, OrphanKind, ReclaimKind
-from csvfs.inode import Inode, new_inode
+from csvfs.inode import MAX_FILE_BYTES, Inode, new_inode
 from csvfs.inode_table import InodeTable
 from csvfs.locks import Resources
 from csvfs.transaction import NeedLock, Transaction
 from lockmgr.messages import Resource
 from lockmgr.modes import Mode
+
+MAX_UNITS: Final = MAX_FILE_BYTES // UNIT_BYTES + 1
+"""Units of the largest file."""
+ALLOCATION_BLOCKS: Final = 12
+"""Images that mapping one more run may take: the header and a map of a group, and a split of the
+extent tree from the leaf to the root."""
+REMOVAL_EXTENTS: Final = 2
+REMOVAL_BLOCKS: Final = 24
+"""Images that taking so many extents out may take: both trees, the file's and the reclaim list,
+may split and join nodes on every level, and a split allocates."""
+
+
+class ReclaimSignal:
+    """Tells the reclaimer that there is something on this slot's list."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Return when it was set since the last return."""
+        await self._event.wait()
+        self._event = trio.Event()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +71,7 @@ class ChangeScope:
     slot: int
     clock: Callable[[], int]
     """Now, in ns since the epoch."""
-    reclaim_added: Callable[[], None]
-    """Something was merged onto the reclaim list."""
+    reclaim: ReclaimSignal
 
 
 class Change:
@@ -134,15 +164,50 @@ class Change:
             inode.units -= count
             self._reclaim(unit * BLOCKS_PER_UNIT, ReclaimKind.DATA, count)
 
+    # -- units of a file ---------------------------------------------------------------------
+    def map_units(self, file: Inode, first: int, count: int) -> list[Placed]:
+        """Allocate units for a hole of ``count`` logical units, unwritten; where they lie.
+
+        Takes as many as the transaction has room for, at least one. Raises `NoSpace`.
+        """
+        tree = self.extents(file)
+        placed: list[Placed] = []
+        while count and (not placed or self.tx.blocks_left >= ALLOCATION_BLOCKS):
+            goal = extent_goal(self.tx, tree.root, first)
+            if goal is None:
+                goal = self._goal_of(file.ino)
+            run = self.scope.groups.allocate_units(self.tx, count, goal)
+            insert_units(tree, first, run.first_unit, run.units)
+            placed += [(first + i, run.first_unit + i << 1) for i in range(run.units)]
+            file.units += run.units
+            first, count = first + run.units, count - run.units
+        return placed
+
+    def cut(self, file: Inode, first: int) -> bool:
+        """Take the units from logical unit ``first`` on out of a file, as many as the
+        transaction has room for. True when none is left."""
+        tree = self.extents(file)
+        while self.tx.blocks_left >= REMOVAL_BLOCKS:
+            removed = remove_range(tree, first, MAX_UNITS, max_extents=REMOVAL_EXTENTS)
+            self.drop_units(file, removed.runs)
+            if removed.done:
+                return True
+            first = removed.next_unit
+        return False
+
     # -- the end of an inode -----------------------------------------------------------------
     def dispose(self, inode: Inode) -> None:
         """The inode lost its last name: an orphan while somebody uses it, dead otherwise."""
-        scope, state = self.scope, self.scope.table.state(inode.ino)
+        state = self.scope.table.state(inode.ino)
         assert inode.nlink == 0
-        if state.known or not self.tx.try_lock(scope.resources.opened(inode.ino), Mode.EX):
+        if state.known or not self.lock_opened(inode.ino):
             self.add_orphan(inode, OrphanKind.OPEN)
         else:
             self.bury(inode)
+
+    def lock_opened(self, ino: int) -> bool:
+        """Hold the inode's open lock EX until the transaction ends; False if a node has it open."""
+        return self.tx.try_lock(self.scope.resources.opened(ino), Mode.EX)
 
     def bury(self, inode: Inode) -> None:
         """Nobody can reach the inode any more: what it owns is to be reclaimed."""
@@ -151,11 +216,17 @@ class Change:
         table = self.scope.table
         self.tx.after_merge(lambda: table.bury(inode.ino))
 
-    def free_inode(self, inode: Inode) -> None:
+    def free_inode(self, inode: Inode, slot: int | None = None) -> None:
         """The last thing that a dead inode owned is gone: its own block goes too."""
-        assert not inode.units and not inode.metadata_blocks, f"inode {inode.ino} still owns blocks"
+        if inode.units or inode.metadata_blocks:
+            raise Damaged(
+                f"inode {inode.ino} counts {inode.units} units and {inode.metadata_blocks} blocks"
+                " and has none of them"
+            )
         self.tx.free(inode.ino)
-        self.reclaim_list().replace(inode.ino, _reclaim_value(ReclaimKind.BLOCK, 1))
+        self.reclaim_list(slot).replace(inode.ino, _reclaim_value(ReclaimKind.BLOCK, 1))
+        table = self.scope.table
+        self.tx.after_merge(lambda: table.bury(inode.ino))
 
     # -- the slot's lists ----------------------------------------------------------------------
     def add_orphan(self, inode: Inode, kind: OrphanKind) -> None:
@@ -174,9 +245,14 @@ class Change:
 
             self.tx.after_merge(follow)
 
-    def remove_orphan(self, ino: int) -> None:
+    def remove_orphan(self, ino: int, slot: int | None = None) -> None:
         """What the entry promised was done."""
-        self.orphan_list().remove(ino)
+        self.orphan_list(slot).remove(ino)
+
+    def orphan_kind(self, ino: int, slot: int | None = None) -> OrphanKind | None:
+        """What the orphan list of a slot says of an inode, None if nothing."""
+        value = self.orphan_list(slot).get(ino)
+        return None if value is None else OrphanKind(ORPHAN_VALUE.unpack(value)[0])
 
     def orphan_list(self, slot: int | None = None) -> TreeEditor:
         """The orphan list of a slot, by default this node's."""
@@ -205,10 +281,14 @@ class Change:
         goal = geometry.group_of(near) if geometry.holds(near) else 0
         return self.scope.groups.allocate_block(self.tx, goal)
 
+    def _goal_of(self, ino: int) -> int | None:
+        """Where the first unit of a file is best: in the group of its inode."""
+        unit = unit_of(ino)
+        return unit if self.scope.geometry.holds_unit(unit) else None
+
     def _reclaim(self, address: int, kind: ReclaimKind, count: int) -> None:
         self.reclaim_list().insert(address, _reclaim_value(kind, count))
-        if self.scope.reclaim_added not in self.tx.merge_callbacks:
-            self.tx.after_merge(self.scope.reclaim_added)
+        self.tx.after_merge(self.scope.reclaim.set)
 
     def _free_block(self, address: int) -> None:
         self.tx.free(address)

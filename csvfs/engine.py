@@ -24,7 +24,6 @@ from csvfs.errors import Damaged, FilesystemError, NoSpace, NotFound, StaleInode
 from csvfs.format_block import BadBlock, BlockType
 from csvfs.format_geometry import ROOT_INODE
 from csvfs.inode_table import InodeState
-from csvfs.lock_owner import LockAdapter
 from csvfs.store import Store
 from csvfs.transaction import MAX_TX_BLOCKS, BlockKey, BlockReader, Transaction
 from lockmgr.lock import Lock
@@ -89,13 +88,11 @@ class Engine:
         self,
         store: Store,
         locks: LockManager,
-        adapter: LockAdapter,
         scope: ChangeScope,
         reclaimed: Reclaimed,
     ) -> None:
         self.store = store
         self.locks = locks
-        self._adapter = adapter
         self.scope = scope
         self.resources = scope.resources
         self.table = scope.table
@@ -136,7 +133,7 @@ class Engine:
         inode, now_ns = state.fields(), self.scope.clock()
         if (
             inode.mtime_ns < inode.atime_ns > inode.ctime_ns and now_ns - inode.atime_ns < DAY_NS
-        ) or not self._adapter.node_holds(state.resource, Mode.EX):
+        ) or not self.locks.node_holds(state.resource, Mode.EX):
             return
         inode.atime_ns = now_ns
         state.dirty_times = True
@@ -147,7 +144,9 @@ class Engine:
         table = self.table
         state = table.get(ino)
         if state is None or state.inode is None:
-            vouched = generation is not None or (state is not None and state.known)
+            vouched = generation is not None or (
+                state is not None and (state.known or state.orphan)
+            )
             if not vouched and ino != ROOT_INODE:
                 await self._require_metadata(ino)
             inode = await self.look(lambda reader: self.table.read(reader, ino, generation))

@@ -85,6 +85,20 @@ class ExtentMap:
         self.chunks[number] = chunk
         return chunk
 
+    def places(self, first: int, count: int) -> list[int] | None:
+        """Places of the units [first, first + count); None if a chunk is absent."""
+        found: list[int] = []
+        unit, end = first, first + count
+        while unit < end:
+            chunk = self.chunks.get(unit >> CHUNK_SHIFT)
+            if chunk is None:
+                return None
+            stop = min(end, (unit | CHUNK_MASK) + 1)
+            at = unit & CHUNK_MASK
+            found += chunk[at : at + stop - unit]
+            unit = stop
+        return found
+
     def update(self, places: Iterable[Placed]) -> None:
         """The tree was changed: these units are at these places now."""
         chunks = self.chunks

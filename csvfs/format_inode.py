@@ -7,7 +7,7 @@ directory), or the first bytes of a symbolic link's target.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import Final
 
@@ -44,6 +44,12 @@ INODE_ROOT_OFFSET: Final = 256
 INODE_ROOT_BYTES: Final = BLOCK_BYTES - INODE_ROOT_OFFSET
 MAX_SYMLINK_BYTES: Final = 4095
 MAX_NAME_BYTES: Final = 255
+
+
+class InodeFlag(IntFlag):
+    TRIMMING = 1
+    """Units behind the end of the file are still to be taken out: it must not grow before."""
+
 
 assert INODE_FIELDS_OFFSET + INODE_FIELDS.size == INODE_FIELDS_END <= INODE_ROOT_OFFSET
 assert INODE_ROOT_BYTES == 3840

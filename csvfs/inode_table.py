@@ -43,7 +43,15 @@ _log: Final = logging.getLogger("csvfs.inodes")
 class FileState:
     """What reading and writing a regular file needs to remember."""
 
-    __slots__ = ("converting", "map", "ranges", "tail_is_zero", "tail_lock")
+    __slots__ = (
+        "append_lock",
+        "converting",
+        "map",
+        "ranges",
+        "tail_is_zero",
+        "tail_lock",
+        "unprivileged",
+    )
 
     def __init__(self, budget: MapBudget) -> None:
         self.map = ExtentMap(budget)
@@ -54,6 +62,11 @@ class FileState:
         """The bytes between the end of the file and the end of its last unit are known to be
         zeroes on the LUN. They need not be: after a crash, or a truncation."""
         self.tail_lock = trio.Lock()
+        """Held by who makes the tail zero."""
+        self.append_lock = trio.Lock()
+        """Held from finding the end of the file to having written there."""
+        self.unprivileged = False
+        """Known to have neither set-ID bits nor capabilities that a write would have to drop."""
 
 
 class InodeState:
@@ -136,9 +149,9 @@ class InodeTable:
             state.file = FileState(self._budget)
         return state.file
 
-    def orphans(self) -> list[InodeState]:
-        """States of inodes without a name that wait for their last user."""
-        return [state for state in self._states.values() if state.orphan]
+    def known(self) -> list[InodeState]:
+        """States of what the kernel knows, and of inodes without a name."""
+        return [state for state in self._states.values() if state.known or state.orphan]
 
     def read(self, reader: BlockReader, ino: int, generation: int | None = None) -> Inode:
         """The fields of an inode whose lock is held; not to be changed.
@@ -174,6 +187,7 @@ class InodeTable:
         if state.file is not None:
             state.file.map.clear()
             state.file.tail_is_zero = False
+            state.file.unprivileged = False
         if not (state.known or state.orphan or state.unstable):
             del self._states[ino]
 
@@ -261,7 +275,7 @@ class InodeTable:
             assert not state.dirty or state.inode is not None
             assert state.inode is None or state.inode.ino == ino
             assert not state.orphan or state.inode is None or state.inode.nlink == 0
-            assert (state.open_lock is not None) == (state.handles > 0)
+            assert state.open_lock is None or state.handles > 0
             if state.file is not None:
                 state.file.ranges.check()
         self._budget.check()

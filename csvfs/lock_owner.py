@@ -45,14 +45,9 @@ class LockAdapter:
         assert isinstance(resource, Resource)
         return lock_order(resource)
 
-    def node_holds(self, resource: Resource, mode: Mode) -> bool:
-        """Does this node hold the lock in ``mode`` or more, be it only cached?"""
-        lock = self._manager.core.locks.locks.get(resource.name)
-        return lock is not None and lock.held is not None and COVERS[lock.held][mode]
-
     def holds(self, kind: BlockType, owner: int, flags: int) -> bool:
         """Is the lock that covers such a block held EX (`csvfs.transaction.Holds`)?"""
-        return self.node_holds(self._resources.covering(kind, owner, flags), Mode.EX)
+        return self._manager.node_holds(self._resources.covering(kind, owner, flags), Mode.EX)
 
 
 class LockOwner:

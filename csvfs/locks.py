@@ -33,6 +33,8 @@ _U64: Final = Struct(">Q")
 _U32: Final = Struct(">I")
 
 INODE_PREFIX: Final = b"i"
+FLUSHED_PREFIXES: Final = (INODE_PREFIX, b"g", b"n", b"r")
+"""Of the locks that cover blocks, and names that begin alike."""
 RENAME: Final = Resource(b"rename", b"rename")
 
 _REMEMBERED: Final = 65536

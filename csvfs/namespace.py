@@ -92,10 +92,9 @@ class Namespace:
     async def _find(self, directory: InodeState, name: bytes) -> Entry:
         """The entry, in a directory whose lock is held."""
         check_name(name)
-        inode = require_directory(directory)
-        entry = await self._engine.look(lambda reader: find_entry(reader, inode, name))
+        entry = await find_locked(self._engine, directory, name)
         if entry is None:
-            raise NotFound(f"{name!r} is not in directory {inode.ino}")
+            raise NotFound(f"{name!r} is not in directory {directory.ino}")
         return entry
 
     async def readlink(self, ino: int) -> bytes:
@@ -235,6 +234,12 @@ class Namespace:
                 raise NotADirectory(f"{name!r} is no directory")
             async with engine.alone(entry.ino, entry.generation):
                 await engine.change(lambda change: _unname(change, parent, entry), privileged=True)
+
+
+async def find_locked(engine: Engine, directory: InodeState, name: bytes) -> Entry | None:
+    """The entry in a directory whose lock is held. Raises `NotADirectory`."""
+    inode = require_directory(directory)
+    return await engine.look(lambda reader: find_entry(reader, inode, name))
 
 
 # -- parts of bodies -----------------------------------------------------------------------------

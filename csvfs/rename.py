@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack
 from typing import Final, NamedTuple
 
 from csvfs.change import Change
-from csvfs.directory import Entry, change_entry, find_entry
+from csvfs.directory import Entry, change_entry
 from csvfs.engine import Engine
 from csvfs.errors import (
     Damaged,
@@ -34,6 +34,7 @@ from csvfs.inode import Inode, check_name
 from csvfs.locks import RENAME
 from csvfs.namespace import (
     enter,
+    find_locked,
     leave,
     lose_name,
     require_directory,
@@ -122,8 +123,8 @@ class Renamer:
         return _found(source, await self._entry(source), await self._entry(target))
 
     async def _entry(self, place: Place) -> Entry | None:
-        inode = require_directory(self._engine.table.state(place.parent))
-        return await self._engine.look(lambda reader: find_entry(reader, inode, place.name))
+        directory = self._engine.table.state(place.parent)
+        return await find_locked(self._engine, directory, place.name)
 
     async def _in_order(self, source: Place, target: Place, found: Found, flags: int) -> list[int]:
         """The two directories as they are to be locked, under the rename lock.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from csvfs.change import Change
 from csvfs.errors import (
     AttributeTooBig,
     InvalidArgument,
@@ -22,6 +23,8 @@ from csvfs.errors import (
 )
 from csvfs.format_block import BadBlock, BlockType, block_address
 from csvfs.format_inode import XATTR_BYTES, XATTR_ENTRY, XATTR_HEADER, XATTR_OFFSET
+from csvfs.inode import Inode
+from csvfs.transaction import BlockReader
 
 XATTR_CREATE: Final = 1
 XATTR_REPLACE: Final = 2
@@ -102,6 +105,37 @@ def with_attribute(
     if packed_bytes(changed) > XATTR_BYTES:
         raise NoXattrSpace(f"all attributes of a file share {XATTR_BYTES} bytes")
     return changed
+
+
+# -- parts of bodies -----------------------------------------------------------------------------
+def drop_privileges(change: Change, inode: Inode) -> None:
+    """What was written, truncated or given away runs with nobody's privileges any more."""
+    inode.clear_privileges()
+    if inode.xattr_block and not inode.is_directory:
+        attributes = read_attributes(change.tx, inode)
+        if attributes.pop(CAPABILITY, None) is not None:
+            write_attributes(change, inode, attributes)
+
+
+def read_attributes(reader: BlockReader, inode: Inode) -> dict[bytes, bytes]:
+    """All extended attributes. Raises `NeedBlocks`, `BadBlock`."""
+    if not inode.xattr_block:
+        return {}
+    return unpack_attributes(reader.read(inode.xattr_block, BlockType.XATTR, inode.ino))
+
+
+def write_attributes(change: Change, inode: Inode, attributes: dict[bytes, bytes]) -> None:
+    """Replace all extended attributes; the block comes with the first and goes with the last."""
+    inode.ctime_ns = change.now_ns
+    if not attributes:
+        change.drop_block(inode, inode.xattr_block)
+        inode.xattr_block = 0
+        return
+    if inode.xattr_block:
+        block = change.tx.edit(inode.xattr_block, BlockType.XATTR, inode.ino)
+    else:
+        inode.xattr_block, block = change.add_block(inode, BlockType.XATTR)
+    pack_attributes(block, attributes)
 
 
 def _bad(block: bytes | bytearray, reason: str) -> BadBlock:

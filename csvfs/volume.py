@@ -1,0 +1,219 @@
+"""A mounted volume: every call that a kernel, or anybody else, may make of it.
+
+`open_volume` puts the parts together; `Volume` names what they offer. What each call does, and
+what it raises, is said where it is done:
+
+    namespace      lookup, readdir, mkdir, mknod, symlink, link, unlink, rmdir, readlink
+    rename         rename
+    metadata       getattr, setattr, getxattr, setxattr, listxattr, removexattr
+    open_files     open, create, release, remember, forget
+    data           read, write, fsync
+    recovery       recover
+
+Concurrency: any number of tasks may call anything. Two background tasks belong to a volume: the
+store's (`csvfs.journal`) and the reclaimer (`csvfs.reclaim`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from csvfs.allocator import Groups
+from csvfs.change import ChangeScope, ReclaimSignal
+from csvfs.data import DataPath
+from csvfs.data_device import DataDevice
+from csvfs.engine import Engine
+from csvfs.errors import VolumeFailed
+from csvfs.format_block import BLOCK_BYTES, BLOCKS_PER_UNIT
+from csvfs.format_superblock import Superblock
+from csvfs.inode_table import InodeTable
+from csvfs.journal_record import JournalPlace
+from csvfs.lock_owner import LockAdapter, LockOwner
+from csvfs.locks import FLUSHED_PREFIXES, Resources
+from csvfs.metadata import Metadata
+from csvfs.namespace import Namespace
+from csvfs.open_files import OpenFiles
+from csvfs.reclaim import Reclaimer
+from csvfs.recovery import Recovery
+from csvfs.rename import Renamer
+from csvfs.store import JournalStart, Store, StoreOptions, open_store
+from csvfs.truncation import Truncation
+from lockmgr.manager import LockManager
+from redirector.block.device import BlockDevice
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What statvfs(3) tells. Inodes are made as they are needed: any free block may be one."""
+
+    block_bytes: int
+    blocks: int
+    free_blocks: int
+    available_blocks: int
+    files: int
+    free_files: int
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeOptions:
+    """What may be chosen at mount time."""
+
+    store: StoreOptions = field(default_factory=StoreOptions)
+    clock: Callable[[], int] = time.time_ns
+    """Now, in ns since the epoch (CLOCK_REALTIME)."""
+
+
+class Volume:
+    """Made by `open_volume`."""
+
+    def __init__(self, parts: VolumeParts) -> None:
+        store, scope = parts.store, parts.scope
+        self.store = store
+        self.table = scope.table
+        self.engine = Engine(store, parts.locks, scope, self._reclaim_now)
+        data_device = DataDevice(parts.device, store.note_write)
+        truncation = Truncation(self.engine, data_device)
+        self.reclaimer = Reclaimer(self.engine, parts.device, unmap=parts.unmap)
+
+        namespace = Namespace(self.engine)
+        self.lookup = namespace.lookup
+        self.readdir = namespace.readdir
+        self.mkdir = namespace.mkdir
+        self.mknod = namespace.mknod
+        self.symlink = namespace.symlink
+        self.readlink = namespace.readlink
+        self.link = namespace.link
+        self.unlink = namespace.unlink
+        self.rmdir = namespace.rmdir
+        self.rename = Renamer(self.engine).rename
+
+        metadata = Metadata(self.engine, truncation)
+        self.getattr = metadata.getattr
+        self.setattr = metadata.setattr
+        self.getxattr = metadata.getxattr
+        self.setxattr = metadata.setxattr
+        self.listxattr = metadata.listxattr
+        self.removexattr = metadata.removexattr
+
+        files = OpenFiles(self.engine, truncation)
+        self.open = files.open
+        self.create = files.create
+        self.release = files.release
+        self.remember = files.remember
+        self.forget = files.forget
+        self._forget_all = files.forget_all
+
+        data = DataPath(self.engine, data_device, truncation)
+        self.read = data.read
+        self.write = data.write
+        self.fsync = data.fsync
+
+        self.recover = Recovery(self.engine, truncation, self.reclaimer).recover
+
+    async def _reclaim_now(self) -> bool:
+        return await self.reclaimer.drain()
+
+    async def fsyncdir(self, ino: int, datasync: bool) -> None:
+        """The names in a directory are stable on return. Raises `VolumeFailed`."""
+        await self.fsync(ino, datasync)
+
+    async def sync(self) -> None:
+        """Everything that was done before the call is stable on return. Raises `VolumeFailed`."""
+        await self.store.commit()
+
+    async def statfs(self) -> Space:
+        """How much space there is. Raises `Damaged`, `VolumeFailed`."""
+        totals = await self.engine.look(self.engine.scope.groups.totals)
+        free = totals.free_units * BLOCKS_PER_UNIT + totals.free_metadata_blocks
+        available = totals.available_units * BLOCKS_PER_UNIT
+        blocks = totals.units * BLOCKS_PER_UNIT
+        return Space(BLOCK_BYTES, blocks, free, available, blocks, free)
+
+    @property
+    def failure(self) -> VolumeFailed | None:
+        """Why every call fails from now on, if so."""
+        return self.store.failure
+
+    async def close(self) -> None:
+        """The kernel is gone: end what it had open, and free what there is to be freed.
+
+        Called by `open_volume` at the end of its block. Raises `VolumeFailed`.
+        """
+        await self._forget_all()
+        await self.reclaimer.drain()
+
+    def check(self) -> None:
+        """Assert the invariants of everything that is kept in memory."""
+        self.table.check()
+        self.store.check()
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeParts:
+    """What a volume is made of."""
+
+    device: BlockDevice
+    store: Store
+    locks: LockManager
+    scope: ChangeScope
+    unmap: bool
+
+
+@asynccontextmanager
+async def open_volume(
+    device: BlockDevice,
+    superblock: Superblock,
+    slot: int,
+    incarnation: int,
+    start: JournalStart,
+    locks: LockManager,
+    *,
+    options: VolumeOptions | None = None,
+    on_failed: Callable[[VolumeFailed], None] | None = None,
+) -> AsyncIterator[Volume]:
+    """The volume of a slot whose journal is empty: replayed (`csvfs.replay`), or just made.
+
+    The caller has the right to write to the LUN, and calls `Volume.recover` for each slot that
+    was replayed before anything else. Leaving the block closes the volume and leaves an empty
+    journal; leaving it with an exception, or after a failure, stops as a crash would. The lock
+    manager must be closed later: its owners need the store.
+    """
+    options = options or VolumeOptions()
+    geometry = superblock.geometry
+    resources = Resources(geometry)
+    adapter = LockAdapter(locks, resources)
+    place = JournalPlace(
+        superblock.volume_id, slot, geometry.journal(slot), geometry.journal_blocks
+    )
+    async with open_store(
+        device,
+        place,
+        incarnation,
+        start,
+        resource_of=resources.covering,
+        locks=adapter,
+        holds=adapter.holds,
+        options=options.store,
+        on_failed=on_failed or (lambda _failure: None),
+    ) as store:
+        table = InodeTable(store, resources)
+        store.add_hook(table)
+        owner = LockOwner(locks, store, table)
+        for prefix in FLUSHED_PREFIXES:
+            locks.register_owner(prefix, owner)
+        groups = Groups(geometry, resources)
+        scope = ChangeScope(
+            geometry, resources, groups, table, slot, options.clock, ReclaimSignal()
+        )
+        volume = Volume(VolumeParts(device, store, locks, scope, superblock.unmap_allowed))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(volume.reclaimer.run)
+            yield volume
+            if volume.failure is None:
+                await volume.close()
+            nursery.cancel_scope.cancel()
