@@ -253,8 +253,7 @@ class NodeLocks(Progress):
             lock.value = message.value
         self.counters.master_grants += 1
         if lock.phase is not Phase.HELD:
-            # Whoever asked gets a turn: the pass that runs is no longer the last one.
-            lock.served = True
+            # Whoever asked gets a turn: the gate opens, and the pass is no longer the last one.
             if lock.drain and not lock.drained:
                 self._out.append(Drained(lock.resource))
             lock.drain = False

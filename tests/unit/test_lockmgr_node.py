@@ -109,6 +109,19 @@ def test_conversion_waits_for_the_others_and_goes_first(node: Cluster) -> None:
     assert newcomer in node.held
 
 
+def test_a_conversion_overtakes_any_in_whose_way_it_stands(node: Cluster) -> None:
+    blocker = node.acquire(0, HERE, CR)
+    first, second = node.acquire(0, HERE, CR, shared=True), node.acquire(0, HERE, NL)
+    third = node.acquire(0, HERE, PR, shared=True)
+    node.convert(first, EX)
+    node.convert(second, CW)
+    node.convert(third, PW)
+    assert third.mode is PW, "second waits for it, so it must not wait for second"
+    assert {first, second} == set(node.waiting)
+    node.release(blocker)
+    assert first.mode is EX and third.mode is PW and second in node.waiting
+
+
 def test_conversion_down_lets_others_in(node: Cluster) -> None:
     writer = node.acquire(0, HERE, EX)
     reader = node.acquire(0, HERE, PR)
@@ -341,6 +354,84 @@ def test_a_busy_lock_is_given_up_after_the_second_pass(pair: Cluster) -> None:
     assert pair.demotions == [(0, b"there", NL), (0, b"there", NL)]
 
 
+def test_a_claim_that_was_there_when_the_pass_began_makes_a_second_one_necessary(
+    pair: Cluster,
+) -> None:
+    _cached_there(pair)
+    holder = pair.acquire(0, THERE, EX)
+    pair.acquire(1, THERE, EX)
+    pair.deliver(1, 0)
+    assert pair.demoting == {(0, THERE): NL}, "the owner may begin, whoever still writes"
+    pair.release(holder)
+    pair.demoted(0, THERE)
+    assert pair.demoting == {(0, THERE): NL}, "what the holder wrote last is not home yet"
+    pair.demoted(0, THERE)
+    assert pair.cores[0].statistics().demotions == 1
+
+
+def _both_convert(pair: Cluster) -> tuple[Claim, Claim]:
+    """Both nodes have PR and ask for EX; node 0 is about to give up, its request still unread."""
+    for which in (0, 1):
+        pair.cache(which, THERE, PR)
+    pair.sleep(HOLD_S)
+    ours = pair.acquire(0, THERE, EX)
+    theirs = pair.acquire(1, THERE, EX)
+    pair.deliver(1, 0)
+    assert pair.demoting == {(0, THERE): NL}
+    return ours, theirs
+
+
+def test_a_grant_in_the_last_pass_opens_the_gate(pair: Cluster) -> None:
+    ours, theirs = _both_convert(pair)
+    served = pair.acquire(0, THERE, PR)
+    pair.demoted(0, THERE)
+    pair.release(served)
+    assert pair.cores[0].locks.locks[b"there"].phase is Phase.LAST
+    pair.deliver(0, 1)
+    pair.demoted(1, THERE)
+    pair.deliver(1, 0)
+    assert ours in pair.held, "or what it was granted would be thrown away"
+    pair.demoted(0, THERE)
+    pair.release(ours)
+    pair.sleep(HOLD_S)
+    pair.settle()
+    assert theirs in pair.held
+
+
+def test_a_grant_ends_the_wait_of_an_owner_that_drains(pair: Cluster) -> None:
+    ours, theirs = _both_convert(pair)
+    served = pair.acquire(0, THERE, PR)
+    pair.drain(0, THERE)
+    pair.deliver(0, 1)
+    pair.demoted(1, THERE)
+    pair.deliver(1, 0)
+    assert not pair.draining and ours in pair.waiting
+    pair.release(served)
+    assert ours in pair.held
+    pair.release(ours)
+    pair.sleep(HOLD_S)
+    pair.settle()
+    assert theirs in pair.held
+
+
+def test_a_claim_that_a_drain_waits_for_may_need_another_demotion_first(pair: Cluster) -> None:
+    """PR is cached, a CR claim wants CW, and another node wants EX: CR first, then CW, then NL."""
+    _cached_there(pair, PR)
+    claim = pair.acquire(0, THERE, CR)
+    remote = pair.acquire(1, THERE, EX)
+    pair.deliver(1, 0)
+    pair.drain(0, THERE)
+    pair.convert(claim, CW)
+    assert not pair.draining, "this drain would wait for ever"
+    pair.demoted(0, THERE)
+    assert pair.demoting == {(0, THERE): CR}
+    pair.settle()
+    assert claim.mode is CW
+    pair.release(claim)
+    pair.settle()
+    assert remote in pair.held
+
+
 def test_an_owner_that_drains_is_called_once(pair: Cluster) -> None:
     _cached_there(pair)
     pair.acquire(1, THERE, EX)
@@ -468,6 +559,13 @@ def test_value_block_goes_along(pair: Cluster) -> None:
     pair.sleep(HOLD_S)
     pair.settle()
     assert reader.lock is not None and reader.lock.value == ValueBlock(b"1" * 64, 1)
+
+
+def test_a_value_written_under_pw_survives_the_conversion_to_ex(node: Cluster) -> None:
+    writer = node.acquire(0, HERE, PW)
+    node.set_value(writer, b"1" * 64)
+    node.convert(writer, EX)
+    assert writer.lock is not None and writer.lock.value.data == b"1" * 64
 
 
 def test_glimpse_takes_nothing_away(pair: Cluster) -> None:
