@@ -39,6 +39,7 @@ from csvfs.format_groups import UnitState, set_used_blocks, unit_state, used_blo
 from csvfs.group import Group
 from csvfs.group_search import GroupSearch
 from csvfs.locks import Resources
+from csvfs.placement import data_offset
 from csvfs.transaction import BlockKey, BlockReader, NeedLock, Transaction
 from csvfs.unit_map import (
     Found,
@@ -56,9 +57,6 @@ from lockmgr.modes import Mode
 GOOD_RUN_UNITS: Final = 64
 """As long as a full extent record: a longer run is no better for the file's map."""
 PATIENCE_GROUPS: Final = 4
-METADATA_SHARE: Final = 32
-"""Data without a goal begins behind the first part in this many of a group: metadata units, which
-are taken from a group's start, stay together and leave the rest in one piece."""
 
 
 class Run(NamedTuple):
@@ -244,7 +242,7 @@ class Groups:
         count = min(count, free, UNITS_PER_MAP)
         offset = goal - group.first_unit if goal is not None else -1
         if not 0 <= offset < group.unit_count:
-            offset = group.unit_count // METADATA_SHARE
+            offset = data_offset(self.geometry, group.number)
         start_map, start = divmod(offset, UNITS_PER_MAP)
         best = _Candidate(group, start_map, Found(0, 0))
         total = 0
