@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypeAlias
 
 CHUNK_UNITS: Final = 64
 CHUNK_SHIFT: Final = 6
@@ -29,7 +29,7 @@ MAX_CHUNKS: Final = 16384
 WRITTEN: Final = 1
 """The bit of a place that says so."""
 
-Chunk = array[int]
+Chunk: TypeAlias = "array[int]"
 Placed = tuple[int, int]
 """(logical unit, place)."""
 

@@ -32,7 +32,6 @@ from csvfs.errors import VolumeFailed
 from csvfs.format_block import BLOCK_BYTES, BLOCKS_PER_UNIT
 from csvfs.format_superblock import Superblock
 from csvfs.inode_table import InodeTable
-from csvfs.journal_record import JournalPlace
 from csvfs.lock_owner import LockAdapter, LockOwner
 from csvfs.locks import FLUSHED_PREFIXES, Resources
 from csvfs.metadata import Metadata
@@ -41,6 +40,7 @@ from csvfs.open_files import OpenFiles
 from csvfs.reclaim import Reclaimer
 from csvfs.recovery import Recovery
 from csvfs.rename import Renamer
+from csvfs.slot_start import journal_place
 from csvfs.store import JournalStart, Store, StoreOptions, open_store
 from csvfs.truncation import Truncation
 from lockmgr.manager import LockManager
@@ -187,12 +187,9 @@ async def open_volume(
     geometry = superblock.geometry
     resources = Resources(geometry)
     adapter = LockAdapter(locks, resources)
-    place = JournalPlace(
-        superblock.volume_id, slot, geometry.journal(slot), geometry.journal_blocks
-    )
     async with open_store(
         device,
-        place,
+        journal_place(superblock, slot),
         incarnation,
         start,
         resource_of=resources.covering,
