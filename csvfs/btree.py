@@ -305,10 +305,15 @@ class Tree:
     def count(self) -> int:
         """Number of entries; reads every node."""
         steps = self.path(0)
-        total = 0
+        total = bound = 0
         while True:
-            leaf = steps[-1]
-            total += leaf.layout.count(leaf.block)
+            block, layout = steps[-1].block, steps[-1].layout
+            entries = layout.count(block)
+            if entries:
+                if layout.key(block, 0) < bound:
+                    raise bad_node(block, f"key {layout.key(block, 0)} is out of order")
+                bound = layout.key(block, entries - 1) + 1
+            total += entries
             if not self.advance(steps):
                 return total
 

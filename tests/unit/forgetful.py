@@ -56,6 +56,10 @@ class ForgetfulBlocks:
                 raise BadBlock(key.address, key.kind, "nothing is there")
             self.cached.add(key.address)
 
+    def remember(self) -> None:
+        """Nothing is missing for a while: so that proofs of the whole do not run many times."""
+        self.cached = set(self.home)
+
     def run(self, body: Callable[[ForgetfulBlocks], T]) -> T:
         """A body that only reads."""
         while True:

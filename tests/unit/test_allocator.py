@@ -8,7 +8,13 @@ from functools import partial
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from csvfs.allocator import GOOD_RUN_UNITS, Groups, Run, Totals
 from csvfs.errors import Damaged, NoSpace
@@ -439,7 +445,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
+TestAllocatorMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
 
 
 def test_a_body_may_allocate_and_free_many_times() -> None:
@@ -456,3 +462,11 @@ def test_a_body_may_allocate_and_free_many_times() -> None:
     kept = volume.blocks.transact(body)
     data, _ = volume.states()
     assert data == {unit for run in kept for unit in range(run[0], run[0] + run[1])}
+
+
+@pytest.mark.full
+def test_long_histories() -> None:
+    run_state_machine_as_test(
+        AllocatorMachine,
+        settings=settings(max_examples=300, stateful_step_count=50, deadline=None),
+    )

@@ -7,7 +7,13 @@ from functools import partial
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from csvfs.btree import MAX_KEY, MAX_VALUE_BYTES, Tree, TreeRoot
 from csvfs.btree_check import TreeStatistics, verify
@@ -56,6 +62,7 @@ class Owner:
 
     def verify(self) -> TreeStatistics:
         """Check the whole tree; and that it owns exactly the blocks that it was given."""
+        self.blocks.remember()
         statistics = self.blocks.run(lambda reader: verify(reader, self.root))
         walked = self.blocks.run(lambda reader: list(Tree(reader, self.root).walk_blocks()))
         assert sorted(walked) == sorted(self.addresses.used)
@@ -105,7 +112,7 @@ def test_ascending_keys_fill_their_nodes(owner: Owner) -> None:
 def test_many_levels_grow_and_shrink_back_into_the_root(owner: Owner) -> None:
     # 512-byte values only in directories: seven entries a leaf, so three levels come quickly.
     wide = 500 if owner.root.kind is NodeKind.VARIABLE else 16
-    keys = [key * 2654435761 % (1 << 32) for key in range(2500)]
+    keys = [key * 2654435761 % (1 << 32) for key in range(2000)]
     for key in keys:
         owner.insert(key, key.to_bytes(wide, "little"))
     assert owner.verify().levels == (2 if wide == 500 else 1)
@@ -332,6 +339,15 @@ class DirectoryMachine(TreeMachine):
 
 
 TestTreeMachine = TreeMachine.TestCase
-TestTreeMachine.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+TestTreeMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestDirectoryMachine = DirectoryMachine.TestCase
-TestDirectoryMachine.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+TestDirectoryMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("machine", [TreeMachine, DirectoryMachine])
+def test_long_histories(machine: type[TreeMachine]) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(max_examples=300, stateful_step_count=50, deadline=None),
+    )

@@ -8,7 +8,14 @@ from typing import TypeVar
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from csvfs import extents
 from csvfs.btree import TreeRoot
@@ -329,4 +336,12 @@ class ExtentMachine(RuleBasedStateMachine):
 
 
 TestExtentMachine = ExtentMachine.TestCase
-TestExtentMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestExtentMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.full
+def test_long_histories() -> None:
+    run_state_machine_as_test(
+        ExtentMachine,
+        settings=settings(max_examples=300, stateful_step_count=50, deadline=None),
+    )
