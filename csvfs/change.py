@@ -11,12 +11,14 @@ the same transaction, and a background task frees them once that is stable (`csv
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from csvfs import placement
 from csvfs.allocator import Groups
 from csvfs.btree import TreeRoot
 from csvfs.btree_edit import TreeEditor
@@ -25,7 +27,7 @@ from csvfs.extent_map import Placed
 from csvfs.extents import goal as extent_goal
 from csvfs.extents import insert_units, remove_range
 from csvfs.format_block import BLOCKS_PER_UNIT, UNIT_BYTES, BlockType
-from csvfs.format_geometry import Geometry, unit_of
+from csvfs.format_geometry import Geometry
 from csvfs.format_inode import ORPHAN_VALUE, RECLAIM_VALUE, OrphanKind, ReclaimKind
 from csvfs.inode import MAX_FILE_BYTES, Inode, new_inode
 from csvfs.inode_table import InodeTable
@@ -98,10 +100,16 @@ class Change:
         edited.data |= data
         return edited.inode
 
-    def create_inode(self, parent: Inode, mode: int, uid: int, gid: int, *, rdev: int = 0) -> Inode:
-        """A new inode for an entry of ``parent``, near it; linked as that entry will link it."""
+    def create_inode(
+        self, parent: Inode, key: int, mode: int, uid: int, gid: int, *, rdev: int = 0
+    ) -> Inode:
+        """A new inode for the entry ``key`` of ``parent``; linked as that entry will link it."""
         scope = self.scope
-        ino = self._allocate_block(parent.ino)
+        if stat.S_ISDIR(mode):
+            group = placement.directory_group(scope.geometry, parent.ino, key)
+        else:
+            group = placement.near(scope.geometry, parent.ino)
+        ino = scope.groups.allocate_block(self.tx, group)
         self._lock(scope.resources.inode(ino))
         inode = new_inode(ino, mode, uid, gid, self.now_ns, parent=parent, rdev=rdev)
         block = self.tx.create(ino, BlockType.INODE, ino)
@@ -175,7 +183,7 @@ class Change:
         while count and (not placed or self.tx.blocks_left >= ALLOCATION_BLOCKS):
             goal = extent_goal(self.tx, tree.root, first)
             if goal is None:
-                goal = self._goal_of(file.ino)
+                goal = placement.file_goal(self.scope.geometry, file.ino)
             run = self.scope.groups.allocate_units(self.tx, count, goal)
             insert_units(tree, first, run.first_unit, run.units)
             placed += [(first + i, run.first_unit + i << 1) for i in range(run.units)]
@@ -277,14 +285,8 @@ class Change:
         )
 
     def _allocate_block(self, near: int) -> int:
-        geometry = self.scope.geometry
-        goal = geometry.group_of(near) if geometry.holds(near) else 0
-        return self.scope.groups.allocate_block(self.tx, goal)
-
-    def _goal_of(self, ino: int) -> int | None:
-        """Where the first unit of a file is best: in the group of its inode."""
-        unit = unit_of(ino)
-        return unit if self.scope.geometry.holds_unit(unit) else None
+        group = placement.near(self.scope.geometry, near)
+        return self.scope.groups.allocate_block(self.tx, group)
 
     def _reclaim(self, address: int, kind: ReclaimKind, count: int) -> None:
         self.reclaim_list().insert(address, _reclaim_value(kind, count))

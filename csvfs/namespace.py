@@ -23,6 +23,7 @@ from csvfs.directory import (
     Entry,
     add_entry,
     find_entry,
+    name_key,
     read_entries,
 )
 from csvfs.engine import Engine
@@ -252,7 +253,8 @@ def make_entry(
     if stat.S_ISDIR(mode):
         require_room_below(directory)
         directory.nlink += 1
-    child = change.create_inode(directory, mode, uid, gid, rdev=rdev)
+    key = name_key(directory.hash_seed, name)
+    child = change.create_inode(directory, key, mode, uid, gid, rdev=rdev)
     enter(change, directory, name, child)
     return child
 
