@@ -110,6 +110,8 @@ class IscsiLun(Lun):
         isid = 0x80 << 40 | secrets.randbits(40)
         nexus = await self._connect(InitiatorPort(self._initiator, isid), deadline)
         try:
+            if nexus.lost.is_set():
+                raise Unreachable(f"{self.url}: {nexus.why}")
             nexus.session.task_management(
                 scsi.LOGICAL_UNIT_RESET, current_task(), timeout_ms=milliseconds_until(deadline)
             )
