@@ -10,11 +10,14 @@ is not comparable with what it holds makes the node lower its lock to ``target``
 
     phase      runs       claims above target    left when
     HELD       -          come and go            there is a reason, and the minimum hold is over
-    FIRST      demote()   come and go            demote returns: nothing above target was granted
-                                                 since it began or drained: lower, HELD;
-                                                 otherwise DRAINING
+    FIRST      demote()   come and go            demote returns: none above target was there since
+                                                 it began or drained: lower, HELD; otherwise
+                                                 DRAINING
     DRAINING   -          finish, wait           the last is gone: LAST; the reason is gone: HELD
     LAST       demote()   wait                   demote returns: lower, HELD
+
+If the master grants a request during a pass, the lock is not lowered after it but kept (HELD), for
+its minimum hold: whoever asked has its turn, and the master says again what others want.
 
 So requests are served while ``demote`` runs for the first time (it may cause requests that it
 waits for: a kernel that writes back pages, say), and yet a busy lock is given up after the second
@@ -134,6 +137,7 @@ class NodeLock:
         "held",
         "lowers_for",
         "phase",
+        "regranted",
         "resource",
         "serial",
         "served",
@@ -180,6 +184,8 @@ class NodeLock:
         self.shed = False
         self.served = False
         """A claim above target was there or came since the pass began or drained."""
+        self.regranted = False
+        """The master granted something during this pass."""
         self.drain = False
         """The owner asked, in this pass, to close the gate."""
         self.drained = False

@@ -159,11 +159,12 @@ class Demote:
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """No claim above the mode of the demotion is left and none is let in; or the demotion has to
-    be repeated anyway, for the sake of a claim that this wait would wait for in vain.
+    """No claim above the mode of the demotion is left and none is let in (``empty``); or one is
+    left that needs another demotion before it can go on, so that this one will be repeated.
     """
 
     resource: Resource
+    empty: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -50,13 +51,20 @@ class ResourceOwner(Protocol):
 
         Write back what a stronger mode allowed to change, forget what a stronger mode allowed to
         cache. The lock is still held until this returns, and claims are still granted; if one
-        above ``to_mode`` was, this is called once more, with such claims waiting for its end.
-        Whoever wants to spare the second call awaits `LockManager.drain` before its last flush.
-        Not to be cancelled by the callee; an exception is fatal to the lock manager.
+        above ``to_mode`` was, this is called once more, with such claims waiting for its end. An
+        owner that would harm a claim in use by forgetting, or wants to spare the second call,
+        awaits `LockManager.drain` first. When this has returned, the lock may yet stay, because it
+        was used or granted anew meanwhile. An exception is fatal to the lock manager.
         """
 
     async def glimpse(self, resource: Resource) -> bytes:
         """What another node wants to know of a resource that this one holds in PW or EX."""
+
+
+@dataclass(slots=True)
+class _Drain:
+    done: trio.Event
+    empty: bool = False
 
 
 class LockManager:
@@ -80,7 +88,7 @@ class LockManager:
         self._prefixes: list[bytes] = []
         self._timer = trio.CancelScope()
         self._glimpses: dict[int, tuple[trio.Event, list[bytes | None]]] = {}
-        self._drains: dict[bytes, trio.Event] = {}
+        self._drains: dict[bytes, _Drain] = {}
         self._ticket = 0
         self._emptied = trio.Event()
         self._closed = False
@@ -169,16 +177,18 @@ class LockManager:
         if self._closed:
             raise ManagerClosed("the lock manager has been closed")
 
-    async def drain(self, resource: Resource) -> None:
+    async def drain(self, resource: Resource) -> bool:
         """From within ``demote``: from now on claims above its mode wait; return when none is left.
 
-        What the owner writes back after this is the last that there is, so the lock is given up
-        without another call of ``demote``. Nothing that the owner still awaits may need such a
-        claim.
+        Then none comes until ``demote`` has returned: what the owner writes back now is the last
+        that there is, it may forget what it has cached, and is not called a second time. Nothing
+        that it still awaits may need such a claim. False, where CW is used: a claim is left that
+        waits for this demotion to end; write back, forget nothing, another call follows.
         """
-        event = self._drains.setdefault(resource.name, trio.Event())
+        drain = self._drains.setdefault(resource.name, _Drain(trio.Event()))
         self._step(events.AwaitDrain(resource))
-        await event.wait()
+        await drain.done.wait()
+        return drain.empty
 
     async def glimpse(self, resource: Resource) -> bytes | None:
         """What the owner at the node that holds PW or EX says; that node gives nothing up.
@@ -245,8 +255,8 @@ class LockManager:
                     self._wake(claim)
                 case events.Demote(resource, to_mode):
                     self._nursery.start_soon(self._demote, resource, to_mode)
-                case events.Drained(resource):
-                    self._drained(resource)
+                case events.Drained(resource, empty):
+                    self._drained(resource, empty)
                 case events.Answer():
                     self._nursery.start_soon(self._answer, effect)
                 case events.Glimpsed(ticket, answer):
@@ -265,10 +275,11 @@ class LockManager:
         if task is not None:
             trio.lowlevel.reschedule(task)
 
-    def _drained(self, resource: Resource) -> None:
+    def _drained(self, resource: Resource, empty: bool) -> None:
         waiting = self._drains.pop(resource.name, None)  # None: the owner was cancelled
         if waiting is not None:
-            waiting.set()
+            waiting.empty = empty
+            waiting.done.set()
 
     def _glimpsed(self, ticket: int, answer: bytes | None) -> None:
         waiter = self._glimpses.get(ticket)  # None: its task was cancelled

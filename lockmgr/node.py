@@ -30,7 +30,6 @@ from lockmgr.events import (
     Convert,
     Demoted,
     Deny,
-    Drained,
     Effect,
     Emptied,
     Event,
@@ -202,7 +201,10 @@ class NodeLocks(Progress):
     def _demoted(self, event: Demoted) -> None:
         lock = self.locks[event.resource.name]
         assert lock.phase in (Phase.FIRST, Phase.LAST), lock.phase
-        if not lock.served and not lock.above_target():
+        if lock.regranted:
+            # What this pass was for, the node has been granted anew, and may hold for a while.
+            self._end_passes(lock)
+        elif not lock.served and not lock.above_target():
             self._give_up(lock)
         else:
             lock.phase = Phase.DRAINING
@@ -252,13 +254,7 @@ class NodeLocks(Progress):
         if message.value.sequence >= lock.value.sequence:
             lock.value = message.value
         self.counters.master_grants += 1
-        if lock.phase is not Phase.HELD:
-            # Whoever asked gets a turn: the gate opens, and the pass is no longer the last one.
-            if lock.drain and not lock.drained:
-                self._out.append(Drained(lock.resource))
-            lock.drain = False
-            if lock.phase is Phase.LAST:
-                lock.phase = Phase.FIRST
+        lock.regranted = lock.phase is Phase.FIRST or lock.phase is Phase.LAST
         self._advance(lock)
 
     def _refused(self, message: Refused) -> None:

@@ -121,33 +121,36 @@ class Progress:
             return True
         if lock.drain and not lock.drained:
             head = self._head(lock)
-            if not lock.above_target():
+            empty = not lock.above_target()
+            if empty:
                 lock.served = False
             elif head is None or not self._aside(lock, head):
                 return False
             # Otherwise the claim that the drain waits for needs another demotion before it can go
             # on. This pass ends as one in which the lock was used.
             lock.drained = True
-            self._out.append(Drained(lock.resource))
+            self._out.append(Drained(lock.resource, empty))
         return False
 
     def _begin_pass(self, lock: NodeLock, phase: Phase, target: Mode) -> None:
         lock.phase = phase
         lock.target = target
-        lock.drain = lock.drained = False
+        lock.drain = lock.drained = lock.regranted = False
         lock.served = lock.above_target()
         self.counters.demote_passes += 1
         self._out.append(Demote(lock.resource, target))
 
     def _give_up(self, lock: NodeLock) -> None:
         """Lower to ``target``: from here on other nodes may have what it does not cover."""
-        assert lock.held is not None
-        lock.phase = Phase.HELD
-        lock.drain = lock.served = False
-        self._no_longer_shed(lock)
+        self._end_passes(lock)
         self.counters.demotions += 1
         keeps = lock.target is not Mode.NL or bool(lock.claims) or lock.asked is not None
         self._lower(lock, lock.target if keeps else None)
+
+    def _end_passes(self, lock: NodeLock) -> None:
+        lock.phase = Phase.HELD
+        lock.drain = lock.served = lock.regranted = False
+        self._no_longer_shed(lock)
 
     def _lower(self, lock: NodeLock, mode: Mode | None) -> None:
         assert lock.held is not None

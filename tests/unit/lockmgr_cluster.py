@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable
 
-from lockmgr.claim import Claim, ClaimState
+from lockmgr.claim import Claim, ClaimState, Phase
 from lockmgr.core import LockCore
 from lockmgr.events import (
     Acquire,
@@ -86,6 +86,8 @@ class Cluster:
         """The step at which a claim of that mode was last held."""
         self._clean_since: dict[tuple[int, Resource], int] = {}
         """The step from which on the owner's last flush misses nothing."""
+        self._closed: set[tuple[int, Resource]] = set()
+        """Owners that rely on there being no claim above their mode until they are done."""
 
     # -- what tasks do ---------------------------------------------------------------------
     def acquire(
@@ -149,6 +151,7 @@ class Cluster:
     # -- what owners and the network do ----------------------------------------------------
     def demoted(self, node: int, resource: Resource) -> None:
         del self.demoting[node, resource]
+        self._closed.discard((node, resource))
         self.step(node, Demoted(resource))
 
     def drain(self, node: int, resource: Resource) -> None:
@@ -209,14 +212,18 @@ class Cluster:
                 state = ClaimState.HELD if claim in self.held else ClaimState.NEW
                 assert claim.state is state
             case Demote(resource, to_mode):
+                if self.cores[node].locks.locks[resource.name].phase is Phase.LAST:
+                    self._closed.add((node, resource))
                 assert (node, resource) not in self.demoting
                 self.demoting[node, resource] = to_mode
                 self.draining.discard((node, resource))
                 self._clean_since[node, resource] = self._step
                 self.demotions.append((node, resource.name, to_mode))
-            case Drained(resource):
+            case Drained(resource, empty):
                 self.draining.remove((node, resource))
-                self._clean_since[node, resource] = self._step
+                if empty:
+                    self._clean_since[node, resource] = self._step
+                    self._closed.add((node, resource))
             case Answer():
                 self.answering.append((node, effect))
             case Glimpsed(ticket, answer):
@@ -254,6 +261,9 @@ class Cluster:
         for resource, holders in modes.items():
             self._check_holders(resource, holders)
         self._check_flushed(modes)
+        for node, resource in self._closed:
+            lock = self.cores[node].locks.locks[resource.name]
+            assert COVERS[self.demoting[node, resource]][lock.all_modes], "the owner forgets now"
         for claim in self.held:
             assert claim.state in (ClaimState.HELD, ClaimState.CONVERTING), claim
             if COVERS[claim.mode][Mode.PR] and claim.lock is not None:

@@ -283,7 +283,7 @@ async def test_drain_waits_for_the_last_claim_and_spares_the_second_pass() -> No
                 started.set()
                 await served.wait()
                 steps.append("drains")
-                await manager.drain(resource)
+                assert await manager.drain(resource)
                 steps.append("drained")
                 self.demoted.append((resource.name, to_mode))
 
