@@ -29,7 +29,7 @@ free metadata block) only shortens searches. `NoSpace` is said after every group
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from csvfs.errors import Damaged
@@ -84,13 +84,24 @@ class _Candidate(NamedTuple):
     found: Found
 
 
+def _free_units(group: Group) -> int:
+    """Units for data that an ordinary transaction may take."""
+    return group.available(False)
+
+
+def _free_blocks(group: Group) -> int:
+    """At least one: an ordinary transaction gets a metadata block."""
+    return group.available(False) + group.free_metadata_blocks
+
+
 class Groups:
     """The allocation groups of a volume."""
 
     def __init__(self, geometry: Geometry, resources: Resources) -> None:
         self.geometry = geometry
         self._resources = resources
-        self._seen_free: dict[int, int] = {}
+        self._seen_units: dict[int, int] = {}
+        self._seen_blocks: dict[int, int] = {}
         self._partial: dict[int, int] = {}
 
     # -- units -----------------------------------------------------------------------------
@@ -113,7 +124,7 @@ class Groups:
         """
         assert 1 <= minimum <= min(count, UNITS_PER_MAP)
         enough = max(minimum, min(count, GOOD_RUN_UNITS))
-        search = self._search(tx, goal, groups)
+        search = self._search(tx, goal, groups, self._seen_units, _free_units)
         for numbers in search.passes(minimum):
             best: _Candidate | None = None
             short = 0
@@ -153,7 +164,7 @@ class Groups:
         for index, position, part in parts:
             set_states(group.edit_map(tx, index), position, part, UnitState.FREE)
             group.add(tx, units=part)
-        self._seen_free[number] = group.free_units
+        self._note(group)
 
     # -- metadata blocks -------------------------------------------------------------------
     def allocate_block(
@@ -163,12 +174,14 @@ class Groups:
 
         Raises `NoSpace` when no group has one, `NeedLock` when one that could not be locked may.
         """
-        search = self._search(tx, self.geometry.group_first_unit(goal_group), groups)
-        for group in search.locked(search.order()):
-            if group.free_metadata_blocks:
-                return self._take_partial(tx, group)
-            if group.available(tx.privileged):
-                return self._take_new(tx, group)
+        goal = self.geometry.group_first_unit(goal_group)
+        search = self._search(tx, goal, groups, self._seen_blocks, _free_blocks)
+        for numbers in search.passes(1):
+            for group in search.locked(numbers):
+                if group.free_metadata_blocks:
+                    return self._take_partial(tx, group)
+                if group.available(tx.privileged):
+                    return self._take_new(tx, group)
         raise search.failure("no group has a free metadata block")
 
     def free_block(self, tx: Transaction, address: int) -> None:
@@ -194,6 +207,7 @@ class Groups:
         else:
             set_states(block, position, 1, UnitState.FREE)
             group.add(tx, units=1, blocks=1 - BLOCKS_PER_UNIT)
+        self._note(group)
 
     def is_metadata_block(self, reader: BlockReader, address: int) -> bool:
         """Whether the group's map says that this block is metadata and in use.
@@ -212,10 +226,11 @@ class Groups:
             used_blocks(block, position) >> block_number & 1
         )
 
-    def totals(self, reader: BlockReader) -> Totals:
-        """Sums over all groups; asks for all headers at once."""
+    def totals(self, reader: BlockReader, numbers: Sequence[int] | None = None) -> Totals:
+        """Sums over some groups, or all; asks for all their headers at once."""
         geometry = self.geometry
-        numbers = range(geometry.group_count)
+        if numbers is None:
+            numbers = range(geometry.group_count)
         reader.require(
             BlockKey(geometry.group_header(number), BlockType.GROUP_HEADER, number)
             for number in numbers
@@ -228,8 +243,20 @@ class Groups:
             sum(group.free_metadata_blocks for group in groups),
         )
 
-    def _search(self, tx: Transaction, goal: int | None, preferred: Iterable[int]) -> GroupSearch:
-        return GroupSearch(self.geometry, self._resources, tx, goal, preferred, self._seen_free)
+    def _search(
+        self,
+        tx: Transaction,
+        goal: int | None,
+        preferred: Iterable[int],
+        seen: dict[int, int],
+        measure: Callable[[Group], int],
+    ) -> GroupSearch:
+        return GroupSearch(self.geometry, self._resources, tx, goal, preferred, seen, measure)
+
+    def _note(self, group: Group) -> None:
+        """Remember what a group has left."""
+        self._seen_units[group.number] = _free_units(group)
+        self._seen_blocks[group.number] = _free_blocks(group)
 
     # -- within one group ------------------------------------------------------------------
     def _search_group(
@@ -270,7 +297,7 @@ class Groups:
         group, index, (position, units) = candidate
         set_states(group.edit_map(tx, index), position, units, UnitState.DATA)
         group.add(tx, units=-units)
-        self._seen_free[group.number] = group.free_units
+        self._note(group)
         return Run(group.first_unit + index * UNITS_PER_MAP + position, units)
 
     def _take_partial(self, tx: Transaction, group: Group) -> int:

@@ -296,6 +296,19 @@ def test_the_headers_of_full_groups_are_read_in_few_rounds() -> None:
     assert volume.blocks.restarts <= 5
 
 
+def test_groups_that_were_seen_full_are_not_looked_into_again() -> None:
+    volume = Volume(60 * GROUP_UNITS)
+    for number in volume.numbers[:-1]:
+        address = volume.geometry.group_header(number)
+        header = GroupHeader(number, address // 16, GROUP_UNITS, RESERVE_UNITS)
+        volume.blocks.home[address] = bytes(header.encode(VOLUME_ID, 1))
+    for allocate in (volume.allocate, lambda _: volume.allocate_block(0)):
+        allocate(1)
+        volume.blocks.locks.taken.clear()
+        allocate(1)
+        assert volume.blocks.locks.taken == [volume.resources.group(59)]
+
+
 class AllocatorMachine(RuleBasedStateMachine):
     """A volume and two sets: data units, and metadata blocks in use."""
 
