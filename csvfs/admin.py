@@ -5,7 +5,8 @@ answered by one line, {"ok": {...}} or {"error": {"kind": KIND, "text": TEXT}}. 
 connect: the file's mode says so, and the peer's uid (unix(7) SO_PEERCRED) is checked again.
 
 Concurrency. Each connection is a task of `serve_admin`'s nursery. A command runs as long as it
-must (``umount`` until the volume is left); a client that goes away does not cancel it.
+must (``umount`` until the volume is left); a client that goes away does not cancel it, nor does the
+end of `serve_admin`, which therefore waits for it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from csvfs.problems import Kind, Problem, problem_of
 _log = logging.getLogger("csvfs.admin")
 
 MAX_QUESTION_BYTES: Final = 65536
+_SEND_LIMIT_S: Final = 2.0
 _UCRED: Final = struct.Struct("3i")
 
 Answer = dict[str, Any]
@@ -66,8 +68,12 @@ async def _converse(stream: trio.SocketStream, commands: Mapping[str, Command]) 
         if uid not in (0, os.geteuid()):
             return
         try:
-            answer = await _answer(await _question(stream), commands)
-            await stream.send_all(json.dumps(answer).encode() + b"\n")
+            question = await _question(stream)
+            # Shielded: who asked for the end of the mount hears of it before the socket goes.
+            with trio.CancelScope(shield=True):
+                answer = await _answer(question, commands)
+                with trio.move_on_after(_SEND_LIMIT_S):
+                    await stream.send_all(json.dumps(answer).encode() + b"\n")
         except trio.BrokenResourceError:
             _log.debug("a client of the admin socket went away before its answer")
 

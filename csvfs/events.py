@@ -77,8 +77,9 @@ class Reporter:
             os.close(fd)
 
     @property
-    def closed(self) -> bool:
-        return self._fd < 0
+    def is_open(self) -> bool:
+        """Somebody may still be waiting for ``ready`` or ``failed``."""
+        return self._fd >= 0
 
     def _send(self, event: Event) -> None:
         if self._fd < 0:

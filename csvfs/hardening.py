@@ -37,8 +37,8 @@ def harden() -> list[str]:
         protect_from_oom()
     except OSError as error:
         missing.append(f"the OOM killer may take it ({error.strerror})")
-    for each in missing:
-        _log.warning("the daemon is not fully protected: %s", each)
+    if missing:
+        _log.warning("the daemon is not fully protected: %s", "; ".join(missing))
     return missing
 
 

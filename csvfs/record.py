@@ -59,6 +59,10 @@ class MountRecord:
         """Forget the mount; a record that is gone already is none. Raises OSError."""
         record_path(bytes.fromhex(self.volume_id)).unlink(missing_ok=True)
 
+    def leaving(self) -> Self:
+        """The same mount, unmounted, its volume being left."""
+        return replace(self, state=MountState.LEAVING)
+
     def failed(self, reason: str) -> Self:
         """The same mount, ended for ``reason``."""
         return replace(self, state=MountState.FAILED, reason=reason)

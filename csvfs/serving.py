@@ -85,6 +85,10 @@ class Serving:
             return
         raise Problem(Kind.NO_ANSWER, f"{self.directory} does not answer after it was mounted")
 
+    @property
+    def open_files(self) -> int:
+        return self._operations.open_files
+
     def waiting(self) -> int | None:
         """Requests that the kernel waits for; None where it cannot be known."""
         try:

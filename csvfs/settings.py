@@ -13,8 +13,10 @@ from redirector.block.device import Credentials
 class MountSettings:
     """One mount, as it was asked for."""
 
+    source: str
+    """The LUN as the admin wrote it, which is what mount(8) compares with fstab; no password."""
     url: str
-    """The LUN; never with a password in it."""
+    """The LUN's canonical URL; never with a password in it."""
     directory: str
     """Absolute, without symbolic links."""
     node: str

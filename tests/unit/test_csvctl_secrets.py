@@ -123,7 +123,7 @@ def test_a_password_in_a_url_is_warned_of(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_settings_travel_whole_and_show_no_password() -> None:
-    settings = MountSettings("u", "/d", "n", "i", ("ro",), True, "user", "s3cret")
+    settings = MountSettings("s", "u", "/d", "n", "i", ("ro",), True, "user", "s3cret")
     assert MountSettings.decode(settings.encode()) == settings
     assert "s3cret" not in repr(settings)
     assert settings.credentials is not None

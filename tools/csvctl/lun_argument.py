@@ -17,6 +17,8 @@ from redirector.block.url import LunUrl, parse_lun_url
 class LunArgument:
     """A LUN that a command is about."""
 
+    text: str
+    """As it was given, but never with a password."""
     url: LunUrl
     credentials: Credentials | None
 
@@ -34,8 +36,8 @@ def read_lun(text: str) -> LunArgument:
     url = parse_lun_url(plain)
     if secret:
         warn(password.WARNING)
-        return LunArgument(url, Credentials(url.user, secret))
-    return LunArgument(url, find_credentials(url))
+        return LunArgument(plain, url, Credentials(url.user, secret))
+    return LunArgument(plain, url, find_credentials(url))
 
 
 def require_root() -> None:

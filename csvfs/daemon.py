@@ -1,0 +1,202 @@
+"""The daemon: one volume, mounted on this host, from its claim to its leave.
+
+    start   harden; log in; lock file; claim; replay; volume; FUSE; the mount answers: ready
+    serve   FUSE requests, the admin socket, signals
+    end     the kernel has ended the session: volume closed, claim released, record removed
+    fail    the volume cannot be written any more, or a bug: the connection is aborted with the
+            reason in log and record; nothing is released, the next mount recovers
+
+    python -m csvfs.daemon EVENTS_FD DIRECTORY URL < settings
+
+started by `csvfs.supervisor`. DIRECTORY and URL are there for ps. Exit status 0 if the volume was
+left cleanly or never taken, 1 otherwise.
+
+Concurrency. One nursery: the main task attaches, serves and leaves; beside it run the signals, the
+admin socket and the watch over the volume, cancelled when the main task is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import trio
+
+from csvfs import logs, places
+from csvfs.admin import serve_admin
+from csvfs.attach import Attached, attach
+from csvfs.events import Reporter
+from csvfs.hardening import harden
+from csvfs.notify import notify_manager
+from csvfs.operations import Operations
+from csvfs.problems import Kind, Problem, problem_of
+from csvfs.record import MountRecord, MountState
+from csvfs.serving import Serving
+from csvfs.settings import MountSettings
+
+_log = logging.getLogger("csvfs.daemon")
+
+
+class Daemon:
+    """One life of the daemon."""
+
+    def __init__(self, settings: MountSettings, reporter: Reporter) -> None:
+        self._settings = settings
+        self._reporter = reporter
+        self._starting = trio.CancelScope()
+        self._serving: Serving | None = None
+        self._ended = trio.Event()
+        """The volume was left, or could not be."""
+        self._trouble: Problem | None = None
+        """Why the mount ended otherwise than by a clean leave."""
+
+    async def run(self) -> None:
+        """From start to end. Raises what kept it from starting, or from leaving cleanly."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._heed_signals)
+            await self._mount(nursery)
+            nursery.cancel_scope.cancel()
+        if self._trouble is not None:
+            raise self._trouble
+
+    # -- serving -----------------------------------------------------------------------------
+    async def _mount(self, nursery: trio.Nursery) -> None:
+        """Attach, serve, leave. What goes wrong is in ``_trouble``, and in the record."""
+        record: MountRecord | None = None
+        try:
+            async with attach(self._settings, self._reporter, self._starting) as attached:
+                record = self._record(attached)
+                await self._serve(attached, record, nursery)
+                notify_manager("STOPPING=1")
+                record = record.leaving()
+                record.write()
+        except Exception as error:
+            self._trouble = self._trouble or problem_of(error)
+            if problem_of(error).kind is Kind.BUG:
+                _log.exception("the mount ends by a bug")
+        finally:
+            self._ended.set()
+        if record is None:
+            return
+        if self._trouble is None:
+            _log.info("%s: the volume is left", record.directory)
+        if self._trouble is None or self._reporter.is_open:
+            record.remove()
+        else:
+            record.failed(self._trouble.what).write()
+
+    async def _serve(self, attached: Attached, record: MountRecord, nursery: trio.Nursery) -> None:
+        """Serve the volume until the kernel ends the session. Only a bug escapes."""
+        settings = self._settings
+        serving = Serving(
+            Operations(attached.volume), settings.directory, settings.source, set(settings.options)
+        )
+        self._serving = serving
+        record.write()
+        await nursery.start(
+            serve_admin,
+            places.socket_path(attached.volume_id),
+            {
+                "status": lambda _: self._status(attached, serving, record),
+                "umount": lambda _: self._umount(serving),
+            },
+        )
+        nursery.start_soon(self._watch, attached, serving)
+        try:
+            await serving.run(lambda: self._ready(record))
+        except Exception as error:
+            # The volume is sound: it is left, and then this is told.
+            self._trouble = problem_of(error)
+            if self._trouble.kind is Kind.BUG:
+                _log.exception("the FUSE session ends by a bug")
+        if serving.failure and self._trouble is None:
+            self._trouble = Problem(Kind.LUN_LOST, serving.failure)
+
+    def _record(self, attached: Attached) -> MountRecord:
+        settings = self._settings
+        return MountRecord(
+            volume_id=attached.volume_id.hex(),
+            label=attached.label,
+            directory=settings.directory,
+            url=settings.url,
+            node=settings.node,
+            pid=os.getpid(),
+            state=MountState.MOUNTED,
+            since_ns=time.time_ns(),
+            log=logs.destination(settings.foreground),
+        )
+
+    def _ready(self, record: MountRecord) -> None:
+        text = f"{record.label} is mounted at {record.directory} (pid {record.pid})"
+        _log.info("%s, from %s; log: %s", text, record.url, record.log)
+        self._reporter.ready(text)
+        notify_manager("READY=1", f"STATUS={text}")
+
+    async def _watch(self, attached: Attached, serving: Serving) -> None:
+        serving.fail(str(await attached.wait_failed()))
+
+    # -- beside it ---------------------------------------------------------------------------
+    async def _heed_signals(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+            task_status.started()
+            async for number in received:
+                if number == signal.SIGHUP:
+                    continue  # a terminal went away: nothing to a daemon
+                _log.info("%s", signal.Signals(number).name)
+                if self._serving is None:
+                    self._starting.cancel()
+                else:
+                    await self._serving.stop()
+
+    async def _umount(self, serving: Serving) -> dict[str, Any]:
+        await serving.unmount()
+        await self._ended.wait()
+        if self._trouble is not None:
+            raise self._trouble
+        return {}
+
+    async def _status(
+        self, attached: Attached, serving: Serving, record: MountRecord
+    ) -> dict[str, Any]:
+        return {
+            "state": str(record.state),
+            "mounted_since_ns": record.since_ns,
+            **attached.status(),
+            "requests_waiting": serving.waiting(),
+            "open_files": serving.open_files,
+            "memory_bytes": _resident_bytes(),
+        }
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> int:
+    """Entry point of the daemon's process."""
+    reporter = Reporter(int(sys.argv[1]))
+    settings = MountSettings.decode(sys.stdin.buffer.read())
+    with logs.logging_to(logs.destination(settings.foreground), settings.password):
+        harden()
+        try:
+            trio.run(Daemon(settings, reporter).run)
+        except BaseException as error:
+            problem = problem_of(error)
+            if problem.kind is Kind.BUG:
+                _log.exception("the daemon ends by a bug")
+            else:
+                _log.error("%s: %s", settings.directory, problem)
+            reporter.failed(problem)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""csvctl mount: take the volume and mount it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from csvctl import console
+from csvctl.lun_argument import LunArgument, read_lun, require_root
+from csvfs import places
+from csvfs.problems import Kind, Problem
+
+
+def mount(
+    lun: Annotated[str, typer.Argument(metavar="LUN", help="The LUN's URL.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="An empty directory.")],
+    node: Annotated[
+        str, typer.Option(metavar="NAME", help="This host's name. Default: the host name.")
+    ] = "",
+    initiator: Annotated[
+        str,
+        typer.Option(
+            metavar="IQN",
+            help="InitiatorName. Default: that of /etc/iscsi/initiatorname.iscsi, or one made "
+            "from the machine id.",
+        ),
+    ] = "",
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, and log to stderr, until it is unmounted.")
+    ] = False,
+) -> None:
+    """Mount the volume on LUN at DIR, and detach once the mount answers.
+
+    Example: csvctl mount iscsi://10.0.0.5/iqn.2026-11.org.example:vms/1 /srv/vms
+
+    CHAP users and passwords are read from /etc/csvfs/credentials (mode 0600), one a line:
+    TARGET-IQN USER PASSWORD.
+    """
+    require_root()
+    mount_lun(read_lun(lun), directory, node=node, initiator=initiator, foreground=foreground)
+
+
+def mount_lun(
+    lun: LunArgument,
+    directory: str,
+    *,
+    node: str = "",
+    initiator: str = "",
+    options: tuple[str, ...] = (),
+    foreground: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Mount; returns when the mount answers, or in the foreground when it has ended.
+
+    Raises `Problem`, `csvfs.mountpoint.MountPointError`, OSError.
+    """
+    from csvctl.launch import launch, run_in_foreground
+    from csvfs import mountpoint
+    from csvfs.dead_mount import detach_dead_mount
+    from csvfs.events import EventKind
+    from csvfs.settings import MountSettings
+
+    if detach_dead_mount(directory):
+        console.note(f"{directory}: the daemon of an earlier mount was gone; its mount is detached")
+    settings = MountSettings(
+        source=lun.text,
+        url=str(lun.url),
+        directory=mountpoint.check_free(directory),
+        node=_node_name(node or places.node_name()),
+        initiator=_initiator_name(initiator or places.initiator_name()),
+        options=options,
+        foreground=foreground,
+        user=lun.credentials.user if lun.credentials else "",
+        password=lun.credentials.password if lun.credentials else "",
+    )
+    if foreground:
+        for event in run_in_foreground(settings):
+            console.note(event.text)
+        return
+    with console.spinner(f"mounting at {directory}") as show:
+        for event in launch(settings):
+            if event.kind is EventKind.WARNING:
+                console.warn(event.text)
+            elif event.kind is EventKind.READY and not quiet:
+                console.say(event.text)
+            else:
+                show(event.text)
+
+
+def _node_name(name: str) -> str:
+    if not name.isprintable() or not 0 < len(name.encode()) <= 64 or "/" in name:
+        raise Problem(Kind.USAGE, f"the node name {name!r} is not 1 to 64 printable bytes")
+    return name
+
+
+def _initiator_name(name: str) -> str:
+    if not name.startswith(("iqn.", "eui.", "naa.")) or len(name) > 223 or name.split() != [name]:
+        raise Problem(Kind.USAGE, f"{name!r} is not an initiator name such as iqn.2026-11.org.x:h")
+    return name
