@@ -123,7 +123,7 @@ class InodeState:
 
 
 class InodeTable:
-    """All inode states of one mounted volume. Implements `csvfs.journal.PreCommit`."""
+    """All inode states of one mounted volume. Implements `csvfs.commit_hooks.PreCommit`."""
 
     def __init__(self, store: Store, resources: Resources) -> None:
         self._store = store
@@ -252,7 +252,7 @@ class InodeTable:
         return bool(self._dirty)
 
     def fill(self, tx: Transaction) -> None:
-        """Write back as many dirty inodes as the record takes (`csvfs.journal.PreCommit`)."""
+        """Write back as many dirty inodes as the record takes (`csvfs.commit_hooks.PreCommit`)."""
         chosen = list(self._dirty.values())[: tx.blocks_left]
         tx.require(BlockKey(state.ino, BlockType.INODE, state.ino) for state in chosen)
         for state in chosen:

@@ -39,25 +39,23 @@ import math
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import trio
 
 from csvfs.block_transfer import write_extent
 from csvfs.checkpoint import Checkpointer
+from csvfs.commit_hooks import CommitHooks
 from csvfs.errors import VolumeFailed
 from csvfs.flushing import FlushBatcher
-from csvfs.format_block import BadBlock
 from csvfs.journal_state import JournalState, Room
 from csvfs.transaction import (
     MAX_TX_BLOCKS,
     MAX_TX_FREES,
     BlockKey,
-    NeedBlocks,
     Transaction,
     TransactionScope,
 )
-from redirector.block.device import BlockDevice, BlockError, OutcomeUnknown
+from redirector.block.device import BlockDevice, BlockError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +66,6 @@ class JournalTimes:
     """Nothing that is merged waits longer for its commit."""
     idle_checkpoint_s: float = 30.0
     """After so long without a commit everything goes home, and memory is given back."""
-
-
-class PreCommit(Protocol):
-    """Somebody who adds to each record just before it is frozen: dirty times of inodes."""
-
-    @property
-    def pending(self) -> bool:
-        """Is there something to add?"""
-
-    def fill(self, tx: Transaction) -> None:
-        """Add what fits into ``tx.blocks_left``; the rest goes with the next commit.
-
-        A transaction body like any other: no effect but through ``tx``; no locks, no frees.
-        """
-
-    def unreadable(self, key: BlockKey, error: Exception) -> None:
-        """A block that `fill` needs cannot be read: it must not ask for it again."""
 
 
 class Journal:
@@ -103,7 +84,7 @@ class Journal:
         self.state = state
         self.failure: VolumeFailed | None = None
         self.flusher = FlushBatcher(device, self._fail)
-        self.hooks: list[PreCommit] = []
+        self.hooks = CommitHooks()
         self.commits = 0
         self.checkpoints = 0
         self._device = device
@@ -213,7 +194,7 @@ class Journal:
         """Group commit; see invariant 3. Raises `VolumeFailed`."""
         self.raise_if_failed()
         state, mark = self.state, self.flusher.mark
-        if state.running or self._hooks_pending:
+        if state.running or self.hooks.pending:
             number = state.running.number
             self._request_commit(number)
         else:
@@ -235,10 +216,6 @@ class Journal:
             self.raise_if_failed()
             raise
 
-    @property
-    def _hooks_pending(self) -> bool:
-        return any(hook.pending for hook in self.hooks)
-
     def _request_commit(self, number: int) -> None:
         if self._commit_requested < number:
             self._commit_requested = number
@@ -247,7 +224,7 @@ class Journal:
     async def _commit_next(self) -> None:
         await self._wait_commit_due()
         self.raise_if_failed()
-        await self._fill_from_hooks()
+        await self.hooks.fill(self.state, self._scope, self._room_for_hooks)
         self.raise_if_failed()
         frozen = self.state.freeze()
         self._pending_since = None
@@ -267,7 +244,7 @@ class Journal:
         self._last_commit = trio.current_time()
         for callback in batch.callbacks:
             callback()
-        if state.running or self._hooks_pending:
+        if state.running or self.hooks.pending:
             self.note_pending()
         if state.ring.used_blocks * 2 > state.ring.blocks:
             self._request_checkpoint()
@@ -286,43 +263,13 @@ class Journal:
             if scope.cancelled_caught:
                 return
 
-    async def _fill_from_hooks(self) -> None:
-        for hook in self.hooks:
-            while hook.pending and self.failure is None:
-                room = self.state.room(0, 0)
-                if room is Room.CHECKPOINT and not self.state.running:
-                    self._request_checkpoint()
-                    await self._progress.wait()
-                    continue
-                if room is not Room.YES:
-                    return
-                tx = Transaction(self._scope, bound=self.state.hook_images)
-                try:
-                    hook.fill(tx)
-                except NeedBlocks as need:
-                    await self._load_for(hook, need.wanted)
-                    continue
-                assert not tx.freed, "a commit hook frees nothing"
-                self.state.merge(tx)
-                for callback in tx.merge_callbacks:
-                    callback()
-                break
-
-    async def _load_for(self, hook: PreCommit, wanted: tuple[BlockKey, ...]) -> None:
-        """Load for a hook. One unreadable inode must not stop the commits of all others."""
-        cache = self.state.cache
-        try:
-            await cache.load(wanted)
-        except OutcomeUnknown:
-            raise
-        except (BadBlock, BlockError):
-            for key in wanted:
-                try:
-                    await cache.load((key,))
-                except OutcomeUnknown:
-                    raise
-                except (BadBlock, BlockError) as error:
-                    hook.unreadable(key, error)
+    async def _room_for_hooks(self) -> bool:
+        """May hooks add to the running set? Waits for a checkpoint if only that is in the way."""
+        while not self.state.running and self.state.room(0, 0) is Room.CHECKPOINT:
+            self.raise_if_failed()
+            self._request_checkpoint()
+            await self._progress.wait()
+        return self.state.room(0, 0) is Room.YES
 
     # -- checkpoint --------------------------------------------------------------------------
     async def checkpoint(self) -> None:
@@ -416,7 +363,7 @@ class Journal:
     # -- the end -------------------------------------------------------------------------------
     async def close(self) -> None:
         """Everything home, the journal empty: a mount after this replays nothing."""
-        while not self.state.idle or self._hooks_pending:
+        while not self.state.idle or self.hooks.pending:
             await self.checkpoint()
 
     def check(self) -> None:

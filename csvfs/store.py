@@ -18,8 +18,9 @@ from typing import Final, TypeVar
 import trio
 
 from csvfs.cache import DEFAULT_CLEAN_BYTES, BlockCache, ResourceOf
+from csvfs.commit_hooks import PreCommit
 from csvfs.errors import VolumeFailed
-from csvfs.journal import Journal, JournalTimes, PreCommit
+from csvfs.journal import Journal, JournalTimes
 from csvfs.journal_record import JournalPlace, Ring
 from csvfs.journal_state import JournalState
 from csvfs.transaction import (
@@ -181,7 +182,7 @@ class Store:
 
     def add_hook(self, hook: PreCommit) -> None:
         """Let ``hook`` add to every record just before it is frozen."""
-        self.journal.hooks.append(hook)
+        self.journal.hooks.add(hook)
 
     async def checkpoint(self) -> None:
         """All transactions merged so far are stable at home, and the journal's tail beyond."""
