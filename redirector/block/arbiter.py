@@ -78,6 +78,8 @@ class ArbiterHabits:
     """PREEMPT of a key that nobody registered answers GOOD (SPDK, istgt)."""
     knows_abort: bool = False
     """PREEMPT AND ABORT is supported."""
+    forgets_closed: bool = False
+    """A registration ends with its session, and with the holder's the reservation."""
     checks_keys: bool = False
     """RESERVE, RELEASE and PREEMPT with a key that is not the nexus's own conflict, as SPC-4
     demands; tgt ignores the key."""
@@ -119,6 +121,8 @@ class Arbiter:
         self.attentions.pop(nexus, None)
         if self.legacy_holder == nexus:
             self.legacy_holder = None
+        if self.habits.forgets_closed and self.registrations.pop(nexus, 0):
+            self.holder = None if self.holder == nexus else self.holder
 
     def reset(self) -> None:
         """LOGICAL UNIT RESET: reservations survive, everyone hears of it (SPC-4 5.12.3)."""
