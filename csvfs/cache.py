@@ -99,7 +99,11 @@ class BlockCache:
         block = self._blocks.get(address)
         if block is None:
             raise NeedBlocks(BlockKey(address, kind, owner, flags))
-        if block.kind != kind or block.owner != owner or block.flags != flags:
+        if (
+            (block.kind is not kind and block.kind != kind)
+            or block.owner != owner
+            or block.flags != flags
+        ):
             raise _misfit(block, kind, owner, flags)
         block.used = True
         return block.data

@@ -61,6 +61,23 @@ class StoreOptions:
     times: JournalTimes = field(default_factory=JournalTimes)
 
 
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """Counts of blocks by stage (a block may be in several), and what was done so far."""
+
+    cached: int
+    running: int
+    committing: int
+    unhomed: int
+    ring: int
+    """Blocks of the journal's ring, and how many of them are in use."""
+    ring_used: int
+    commits: int
+    checkpoints: int
+    flushes: int
+    loads: int
+
+
 class Store:
     """Made by `open_store`. All methods may be called by many tasks at once."""
 
@@ -210,6 +227,22 @@ class Store:
     def failure(self) -> VolumeFailed | None:
         """Why nothing is written any more, if so."""
         return self.journal.failure
+
+    def statistics(self) -> StoreStatistics:
+        """What the store holds now, for people and tests."""
+        journal, state = self.journal, self.journal.state
+        return StoreStatistics(
+            cached=len(self.cache),
+            running=len(state.running.images),
+            committing=len(state.committing.batch.images) if state.committing else 0,
+            unhomed=len(state.unhomed),
+            ring=state.ring.blocks,
+            ring_used=state.ring.used_blocks,
+            commits=journal.commits,
+            checkpoints=journal.checkpoints,
+            flushes=journal.flusher.flushes,
+            loads=self.cache.loads,
+        )
 
     async def close(self) -> None:
         """Leave an empty journal. No transaction may run meanwhile or after. Raises

@@ -46,7 +46,11 @@ async def test_a_frozen_image_never_changes() -> None:
             await hold.wait_held()
             await store.transact(editing((A, 2)))
             store.check()
+            now = store.statistics()
+            assert (now.cached, now.running, now.committing, now.unhomed) == (1, 1, 1, 0)
             hold.lift()
+        now = store.statistics()
+        assert (now.running, now.committing, now.unhomed, now.ring_used) == (1, 0, 1, 2)
         assert home_tag(await recovered(lun), A) == 1
         assert tag_of(store.cache.read(A, KIND, 0)) == 2
         await store.commit()
