@@ -67,6 +67,8 @@ static void release_piece(struct csv_session *session, struct csv_piece *piece)
         session->newest = piece->previous;
     if (piece->task)
         scsi_free_scsi_task(piece->task);
+    session->answered -= piece->answered;
+    piece->answered = false;
     piece->task = NULL;
     piece->request = NULL;
     piece->next = session->free_pieces;
@@ -90,6 +92,26 @@ static void end_piece(struct csv_piece *piece)
         drop_pending_head(session);
     }
     csv_finish(session, request);
+}
+
+/* libiscsi still has something to send. */
+static bool unsent(struct csv_session *session)
+{
+    return iscsi_which_events(session->context) & POLLOUT ||
+           iscsi_out_queue_length(session->context) > 0;
+}
+
+/* A write that was refused while its data was still being sent ends when the last of it has left:
+ * libiscsi 1.19 keeps Data-Out PDUs that point into the task and the caller's buffer. */
+void csv_settle(struct csv_session *session)
+{
+    if (!session->answered || session->losing || unsent(session))
+        return;
+    for (struct csv_piece *piece = session->oldest, *later; piece; piece = later) {
+        later = piece->next;
+        if (piece->answered)
+            end_piece(piece);
+    }
 }
 
 static void take_refusal(struct csv_request *request, int status, const struct scsi_task *task)
@@ -138,6 +160,12 @@ static void on_scsi(struct iscsi_context *context, int status, void *data, void 
     }
     if (request->outcome != CSV_UNKNOWN)
         atomic_fetch_add_explicit(&session->commands, 1, memory_order_relaxed);
+    if (request->outcome == CSV_REFUSED && piece->task->xfer_dir == SCSI_XFER_WRITE &&
+        unsent(session)) {
+        piece->answered = true;
+        session->answered++;
+        return;
+    }
     end_piece(piece);
 }
 
@@ -311,7 +339,7 @@ static void cork(struct csv_session *session, int on)
 
 static void issue_pending(struct csv_session *session)
 {
-    bool unsent = false;
+    bool waiting = false;
 
     while (session->pending && session->in_flight < session->window && !session->losing) {
         struct csv_request *request = session->pending;
@@ -329,21 +357,21 @@ static void issue_pending(struct csv_session *session)
             csv_lose(session, "%s", iscsi_get_error(session->context));
             return;
         }
-        unsent = true;
+        waiting = true;
         if (session->in_flight <= session->proven)
             continue;
-        unsent = false;
+        waiting = false;
         if (!push_out(session))
             return;
         session->proven = session->in_flight;
     }
-    if (unsent)
+    if (waiting)
         push_out(session);
 }
 
 void csv_issue(struct csv_session *session)
 {
-    if (!session->pending || session->in_flight >= session->window ||
+    if (!session->pending || session->answered || session->in_flight >= session->window ||
         iscsi_which_events(session->context) & POLLOUT)
         return;
     widen_window(session);
@@ -396,8 +424,9 @@ void csv_forgive(struct csv_session *session, uint64_t slept_ms)
 /* Without a context: whatever there is ends as unknown. */
 void csv_fail_everything(struct csv_session *session)
 {
-    while (session->oldest) { /* libiscsi let go of it without a callback */
-        session->oldest->request->outcome = CSV_UNKNOWN;
+    while (session->oldest) { /* libiscsi let go of it, most likely without a callback */
+        if (!session->oldest->answered)
+            session->oldest->request->outcome = CSV_UNKNOWN;
         end_piece(session->oldest);
     }
     while (session->pending) {

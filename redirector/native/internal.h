@@ -25,6 +25,7 @@ struct csv_piece {
     struct scsi_task *task; /* NULL for task management and logout */
     struct scsi_iovec data;
     uint64_t deadline_ms;
+    bool answered; /* refused, but libiscsi may still hold Data-Out PDUs that point to its data */
 };
 
 struct csv_session {
@@ -45,6 +46,7 @@ struct csv_session {
     struct csv_piece pieces[CSV_MAX_IN_FLIGHT];
     struct csv_piece *free_pieces, *oldest, *newest;
     uint32_t in_flight;
+    uint32_t answered; /* pieces in flight that are */
     uint32_t window;  /* in_flight stays below */
     uint32_t proven;  /* so many in flight never met a closed window */
     uint64_t widen_at_ms;
@@ -80,6 +82,7 @@ void csv_context_destroy(struct csv_session *session);
 /* command.c */
 void csv_enqueue(struct csv_session *session, struct csv_request *request);
 void csv_issue(struct csv_session *session);
+void csv_settle(struct csv_session *session);
 void csv_ping(struct csv_session *session);
 void csv_check_deadlines(struct csv_session *session);
 void csv_forgive(struct csv_session *session, uint64_t slept_ms);

@@ -199,6 +199,7 @@ static void *run(void *argument)
         if (session->losing && session->phase != CSV_DOWN)
             continue;
         wait_and_serve(session);
+        csv_settle(session);
         check_timers(session);
     }
     csv_lose(session, "the session was closed");
