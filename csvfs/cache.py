@@ -127,6 +127,10 @@ class BlockCache:
             return None
         return BlockKey(address, block.kind, block.owner, block.flags)
 
+    def resource_at(self, address: int) -> Hashable:
+        """The lock that covers a block that is cached."""
+        return self._blocks[address].resource
+
     # -- loading ---------------------------------------------------------------------------
     async def load(self, wanted: Sequence[BlockKey]) -> None:
         """Read and verify what is absent. On return a block may be absent all the same, if

@@ -51,7 +51,6 @@ from csvfs.journal_state import JournalState, Room
 from csvfs.transaction import (
     MAX_TX_BLOCKS,
     MAX_TX_FREES,
-    BlockKey,
     Transaction,
     TransactionScope,
 )
@@ -328,25 +327,20 @@ class Journal:
         The caller lets nobody change these blocks meanwhile. Raises `VolumeFailed`.
         """
         state = self.state
-        covering = state.cache.resource_of
-
-        def covers(key: BlockKey) -> bool:
-            return covering(key.kind, key.owner, key.flags) == resource
-
         mark = self.flusher.mark
         if state.in_memory(resource):
             await self.commit()
         await self.flush(mark)
-        if not state.journaled(covers):
+        if not state.journaled(resource):
             return
         try:
             with trio.CancelScope(shield=True):
-                await self._checkpointer.bring_home(state.journaled(covers))
+                await self._checkpointer.bring_home(state.journaled(resource))
                 await self._checkpointer.move_tail()
         except BlockError as error:
             self._fail(error)
             self.raise_if_failed()
-        left = state.journaled(covers)
+        left = state.journaled(resource)
         assert not left & state.unhomed.keys(), f"{resource!r} is given up while it is changed"
         await self._revoke(left)
 

@@ -18,7 +18,7 @@ invariants (ring):
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -198,6 +198,8 @@ class LiveRecord:
     blocks: int
     keys: tuple[BlockKey, ...]
     revokes: tuple[int, ...]
+    owned: dict[Hashable, list[int]]
+    """Its images' addresses by the lock that covers them."""
 
 
 class Ring:
@@ -226,12 +228,17 @@ class Ring:
             return self.head
         return 0 if blocks <= tail else None
 
-    def append(self, keys: tuple[BlockKey, ...], revokes: tuple[int, ...]) -> LiveRecord:
+    def append(
+        self,
+        keys: tuple[BlockKey, ...],
+        revokes: tuple[int, ...],
+        owned: dict[Hashable, list[int]] | None = None,
+    ) -> LiveRecord:
         """Give the next record its place and its sequence. It must fit."""
         blocks = record_blocks(len(keys), len(revokes))
         position = self._position_for(blocks)
         assert position is not None, "no room in the journal was held for this record"
-        record = LiveRecord(self.next_sequence, position, blocks, keys, revokes)
+        record = LiveRecord(self.next_sequence, position, blocks, keys, revokes, owned or {})
         self.live.append(record)
         self.head = position + blocks
         self.next_sequence += 1

@@ -167,13 +167,15 @@ class JournalState:
         if batch.images or batch.revokes:
             cache.greatest_version += 1
             images, keys = [], []
+            owned: dict[Hashable, list[int]] = {}
             for address in sorted(batch.images):
                 image = batch.images[address]
                 seal(image.data, cache.greatest_version)
                 images.append(RecordImage(address, address in batch.fresh, image.data))
                 keys.append(BlockKey(address, image.kind, image.owner, image.flags))
+                owned.setdefault(cache.resource_at(address), []).append(address)
             revokes = sorted(batch.revokes)
-            record = self.ring.append(tuple(keys), tuple(revokes))
+            record = self.ring.append(tuple(keys), tuple(revokes), owned)
             data = encode_record(
                 place, record.position, self.incarnation, record.sequence, images, revokes
             )
@@ -246,12 +248,12 @@ class JournalState:
         self.ring.release_before(sequence)
 
     # -- what belongs to a lock ----------------------------------------------------------------
-    def journaled(self, covers: Callable[[BlockKey], bool]) -> set[int]:
-        """Blocks of which replay would find a live image in the records on the LUN."""
+    def journaled(self, resource: Hashable) -> set[int]:
+        """Blocks under a lock of which replay would find a live image in the records on the LUN."""
         found: set[int] = set()
         for record in self.ring.live:
             found.difference_update(record.revokes)
-            found.update(key.address for key in record.keys if covers(key))
+            found.update(record.owned.get(resource, ()))
         return found
 
     def in_memory(self, resource: Hashable) -> bool:
@@ -262,11 +264,9 @@ class JournalState:
         batches = [self.running]
         if self.committing is not None:
             batches.append(self.committing.batch)
-        covering = self.cache.resource_of
-        return any(batch.revokes for batch in batches) or any(
-            covering(image.kind, image.owner, image.flags) == resource
+        return any(
+            batch.revokes or not batch.images.keys().isdisjoint(self.cache.owned(resource))
             for batch in batches
-            for image in batch.images.values()
         )
 
     @property
