@@ -26,7 +26,7 @@ from csvfs.check.lost import walk_lost
 from csvfs.check.space import Space
 from csvfs.check.walk import Visit, Walk
 from csvfs.check.workbench import Workbench
-from csvfs.format import ROOT_INODE, Superblock, View
+from csvfs.format import ROOT_INODE, Superblock, View, ViewSlotFlag
 from redirector.block.device import BlockDevice
 
 __all__ = ["Damage", "Finding", "Report", "Stage", "Totals", "check_volume"]
@@ -119,14 +119,18 @@ class _Round:
     async def _used_slots(self, view: View | None) -> list[int]:
         if view is None:
             return []
-        used = {n: slot.incarnation for n, slot in enumerate(view.slots) if slot.incarnation}
-        slots = sorted(used)
+        entered = [n for n, slot in enumerate(view.slots) if slot.incarnation]
+        used = {
+            n: view.slots[n].incarnation
+            for n in entered
+            if view.slots[n].flags & ViewSlotFlag.JOURNAL_USED
+        }
         found = self.findings.append
-        await check_slot_blocks(self.image, self.geometry, slots, found)
+        await check_slot_blocks(self.image, self.geometry, view, entered, found)
         self.totals.replayed_records = await check_journals(
-            self.image, self.device, self.geometry, slots, used, found, repair=self.repair
+            self.image, self.device, self.geometry, used, found, repair=self.repair
         )
-        return slots
+        return sorted(used)
 
     async def mend(self) -> bool:
         """Run the repairs of the lowest stage; False if there are none."""

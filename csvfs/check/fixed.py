@@ -16,10 +16,12 @@ from csvfs.format import (
     BadBlock,
     BlockType,
     Geometry,
+    Identity,
     NoView,
     SlotBlock,
     Superblock,
     View,
+    ViewSlot,
     newest_view,
 )
 from csvfs.journal_record import JournalPlace
@@ -102,7 +104,7 @@ async def _put_view(bench: Workbench, *, view: View) -> None:
 
 
 async def check_slot_blocks(
-    image: VolumeImage, geometry: Geometry, slots: list[int], report: Report
+    image: VolumeImage, geometry: Geometry, view: View, slots: list[int], report: Report
 ) -> None:
     """Slots that were used have a slot block that can be read."""
     blocks = await image.read(geometry.slot_block(slot) for slot in slots)
@@ -111,30 +113,34 @@ async def check_slot_blocks(
         try:
             SlotBlock.decode(blocks[address], address, image.volume_id, slot)
         except BadBlock as error:
-            repair = partial(_clear_block, address=address)
+            repair = partial(_new_slot_block, address=address, slot=slot, entry=view.slots[slot])
             report(Finding(Damage.SLOT_BLOCK, f"slot {slot}", error.reason, repair))
 
 
-async def _clear_block(bench: Workbench, *, address: int) -> None:
-    bench.image.put_sealed(address, bytes(BLOCK_BYTES))
+async def _new_slot_block(bench: Workbench, *, address: int, slot: int, entry: ViewSlot) -> None:
+    """What the view knows of the node; the sessions that it had cannot be known any more."""
+    identity = Identity(
+        entry.incarnation, 0, 0, entry.since_ns, bytes(16), bytes(16), entry.node_name
+    )
+    block = SlotBlock(slot, identity).encode(bench.image.volume_id, address, 1)
+    bench.image.put(address, block)
 
 
 async def check_journals(
     image: VolumeImage,
     device: BlockDevice,
     geometry: Geometry,
-    slots: list[int],
     incarnations: dict[int, int],
     report: Report,
     *,
     repair: bool,
 ) -> int:
-    """Take in what journals hold: with ``repair`` on the LUN, else in the overlay only.
+    """Take in what the journals of these slots (slot: incarnation) hold.
 
-    Returns the number of records.
+    With ``repair`` on the LUN, else in the overlay only. Returns the number of records.
     """
     records = 0
-    for slot in slots:
+    for slot in sorted(incarnations):
         place = JournalPlace(image.volume_id, slot, geometry.journal(slot), geometry.journal_blocks)
         try:
             if repair:

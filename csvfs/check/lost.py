@@ -12,7 +12,7 @@ from csvfs.check.claims import Claims
 from csvfs.check.entries import entry_fault, parse_entry
 from csvfs.check.finding import Damage
 from csvfs.check.tree_walk import walk_tree
-from csvfs.check.walk import BATCH_INODES, Visit, Walk
+from csvfs.check.walk import BATCH_INODES, Visit, Walk, symlink_fault
 from csvfs.check.workbench import Workbench
 from csvfs.format import BadBlock, BlockType
 from csvfs.inode import Inode
@@ -34,6 +34,8 @@ async def walk_lost(walk: Walk, unclaimed: list[int]) -> None:
                 inode.check(ino)
             except BadBlock:
                 continue
+            if inode.is_symlink and await symlink_fault(walk.image, inode):
+                continue  # nothing of it is worth a name: its block is free
             lost[ino] = inode
             if inode.is_directory:
                 below |= await _children(walk, inode, cast(Block, good[ino]))

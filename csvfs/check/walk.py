@@ -26,6 +26,7 @@ from csvfs.directory import Entry
 from csvfs.format import (
     EXTENT_VALUE,
     INODE_ROOT_BYTES,
+    MAX_SYMLINK_BYTES,
     ROOT_INODE,
     BadBlock,
     BlockType,
@@ -193,25 +194,18 @@ class Walk:
         return 1
 
     async def _symlink(self, visit: Visit, inode: Inode) -> int:
-        where = f"inode {inode.ino}"
         blocks, reason = 0, ""
-        if not 0 < inode.size <= 4095:
-            reason = f"a target of {inode.size} bytes"
-        elif (inode.size > INODE_ROOT_BYTES) != bool(inode.symlink_tail):
-            reason = f"a target of {inode.size} bytes with tail block {inode.symlink_tail}"
-        elif inode.symlink_tail:
+        if inode.symlink_tail:
             if self.claims.claim_block(inode.symlink_tail):
                 blocks = 1
-                key = BlockKey(inode.symlink_tail, BlockType.SYMLINK_TAIL, inode.ino)
-                _, bad = await self.image.read_verified([key])
-                reason = str(bad.get(inode.symlink_tail, ""))
             else:
                 reason = f"its tail block {inode.symlink_tail} has another owner"
+        reason = reason or await symlink_fault(self.image, inode)
         if reason:
             repair = (
                 partial(Workbench.remove_names, names=self.names[inode.ino]) if visit.name else None
             )
-            self.find(Damage.SYMLINK, where, reason, repair)
+            self.find(Damage.SYMLINK, f"inode {inode.ino}", reason, repair)
         return blocks
 
     # -- directories -------------------------------------------------------------------------
@@ -378,3 +372,17 @@ class Walk:
                     f"it says that directory {known.parent} names it, it is {parent}",
                     partial(Workbench.edit_inode, ino=ino, parent=parent),
                 )
+
+
+async def symlink_fault(image: VolumeImage, inode: Inode) -> str:
+    """Why the target of a symbolic link cannot be read; empty if it can."""
+    tail = inode.symlink_tail
+    if not 0 < inode.size <= MAX_SYMLINK_BYTES:
+        return f"a target of {inode.size} bytes"
+    if (inode.size > INODE_ROOT_BYTES) != bool(tail):
+        return f"a target of {inode.size} bytes with tail block {tail}"
+    if tail:
+        _, bad = await image.read_verified([BlockKey(tail, BlockType.SYMLINK_TAIL, inode.ino)])
+        if tail in bad:
+            return str(bad[tail])
+    return ""
