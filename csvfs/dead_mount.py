@@ -6,13 +6,9 @@ a daemon that lives but hangs would hang the asker for good. So the lock is aske
 
 from __future__ import annotations
 
-import logging
-
 from csvfs import mountpoint
 from csvfs.daemon_lock import daemon_lives
 from csvfs.record import MountRecord, MountState, find_record
-
-_log = logging.getLogger("csvfs.mountpoint")
 
 
 def is_dead_mount(directory: str) -> bool:
@@ -30,7 +26,6 @@ def detach_dead_mount(directory: str) -> bool:
     """Take a dead mount away; False if there is none. Raises OSError."""
     if not is_dead_mount(directory):
         return False
-    _log.warning("%s: detaching a dead mount: its daemon is gone", directory)
     mountpoint.detach(directory)
     return True
 

@@ -60,11 +60,13 @@ class Problem(Exception):
         self.what = what
 
 
-def _sorted_kinds() -> list[tuple[type[BaseException], Kind]]:
+def _sorted_kinds() -> list[tuple[type, Kind]]:
     # Late: whoever only needs the words (csvctl --help, the supervisor) loads nothing else.
-    from csvfs import errors, mountpoint
+    from csvfs import claim, claim_refusals, errors, fixed_area, mountpoint, newcomer
     from csvfs.format_block import BadBlock
     from csvfs.format_geometry import BadGeometry
+    from csvfs.format_view import NoView
+    from csvfs.replay import JournalDamaged
     from redirector.block import device
 
     return [
@@ -76,6 +78,19 @@ def _sorted_kinds() -> list[tuple[type[BaseException], Kind]]:
         (device.SpaceExhausted, Kind.LUN_FULL),
         (device.TargetRefused, Kind.LUN_REFUSED),
         (device.BlockError, Kind.LUN_LOST),
+        (claim_refusals.RefuseOther, Kind.OTHER_HOST),
+        (claim_refusals.RefuseMountedHere, Kind.MOUNTED_TWICE),
+        (claim_refusals.RefuseCopy, Kind.LUN_COPY),
+        (claim_refusals.RefuseFeature, Kind.NEWER_FORMAT),
+        (claim_refusals.RefuseTooSmall, Kind.TOO_SMALL),
+        (claim_refusals.RefuseForeign, Kind.FOREIGN_KEY),
+        (claim_refusals.RefuseExhausted, Kind.VOLUME_OPTIONS),
+        (claim.ClaimFailed, Kind.LUN_REFUSED),
+        (claim.LeaveIncomplete, Kind.LUN_LOST),
+        (newcomer.ForeignReservation, Kind.FOREIGN_KEY),
+        (fixed_area.NoVolume, Kind.NOT_CSVFS),
+        (NoView, Kind.DAMAGED),
+        (JournalDamaged, Kind.DAMAGED),
         (BadGeometry, Kind.TOO_SMALL),
         (BadBlock, Kind.DAMAGED),
         (errors.DataLost, Kind.MEDIUM_ERROR),
@@ -99,7 +114,8 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, BaseExceptionGroup):
         inner = [problem_of(each) for each in error.exceptions]
         return next((each for each in inner if each.kind is not Kind.BUG), inner[0])
+    reason = getattr(error, "refusal", error)  # `ClaimRefused` says why by an object
     for kind_of_error, kind in _sorted_kinds():
-        if isinstance(error, kind_of_error):
+        if isinstance(reason, kind_of_error):
             return Problem(kind, str(error))
     return Problem(Kind.BUG, f"{type(error).__name__}: {error}")
