@@ -137,7 +137,8 @@ class StoreWorkload:
         self.resting: set[int] = set()
         """Freed blocks that may not be used yet."""
         self.records = 0
-        self.in_flight: set[trio.Event] = set()
+        self.in_flight: dict[trio.Event, None] = {}
+        """In order: a set's order would depend on where its members lie in memory."""
 
     async def __call__(self, run: CrashRun) -> None:
         self.run = run
@@ -186,9 +187,9 @@ class StoreWorkload:
         self, store: Store, body: Callable[[Transaction], None], *, bound: int = MAX_TX_BLOCKS
     ) -> None:
         ended = trio.Event()
-        self.in_flight.add(ended)
+        self.in_flight[ended] = None
         await store.transact(body, bound=bound)
-        self.in_flight.discard(ended)
+        del self.in_flight[ended]
         ended.set()
 
     async def _grace(self) -> None:

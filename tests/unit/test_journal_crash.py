@@ -42,6 +42,15 @@ def assert_covered(report: CrashReport) -> None:
     assert report.outcomes["replayed, with revokes"] and report.outcomes["replayed"]
 
 
+def test_a_seed_gives_the_same_run_again() -> None:
+    events = []
+    for _ in range(2):
+        lun = SimulatedLun(LUN_BYTES, record=True)
+        record_workload(lun, StoreWorkload(Model(), 1, tasks=6, steps=15), seed=8)
+        events.append(lun.journal.events)
+    assert events[0] == events[1]
+
+
 def test_every_promise_survives_power_loss() -> None:
     total = CrashReport()
     for seed in range(4):

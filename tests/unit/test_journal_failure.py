@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -86,9 +86,9 @@ async def test_all_who_wait_are_told() -> None:
     async with small_store(lun) as store:
         hold = lun.hold(is_record, limit=1)
 
-        async def wait(call: Callable[[], object]) -> None:
+        async def wait(call: Callable[[], Awaitable[object]]) -> None:
             try:
-                await call()  # type: ignore[misc]
+                await call()
             except VolumeFailed as error:
                 failures.append(str(error))
 
