@@ -178,26 +178,15 @@ class RegisteredKeys:
     keys: tuple[int, ...]
 
 
-class BlockDevice(ABC):
-    """One I_T nexus to a LUN. Offsets and lengths are bytes, multiples of the logical block.
+class BlockIO(ABC):
+    """Data I/O on a LUN, by whatever way. Offsets and lengths are bytes, multiples of the logical
+    block; anything else raises ValueError, and what lies beyond the end `IllegalRequest`.
 
     All methods may be called by many tasks at once; commands are not ordered among each other.
-    After `OutcomeUnknown` every method raises `OutcomeUnknown`.
     """
 
     identity: LunIdentity
-    port: InitiatorPort
 
-    @property
-    @abstractmethod
-    def lost(self) -> bool:
-        """True once an outcome was unknown or the connection was seen to close."""
-
-    @abstractmethod
-    async def wait_lost(self) -> None:
-        """Return as soon as the nexus is lost (at once if it is)."""
-
-    # -- data ------------------------------------------------------------------------------
     @abstractmethod
     async def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
         """READ(16) straight into ``buffer``."""
@@ -225,6 +214,21 @@ class BlockDevice(ABC):
 
         Raises `IllegalRequest` where ``identity.unmap_granularity_bytes`` is 0.
         """
+
+
+class BlockDevice(BlockIO):
+    """One I_T nexus to a LUN. After `OutcomeUnknown` every method raises `OutcomeUnknown`."""
+
+    port: InitiatorPort
+
+    @property
+    @abstractmethod
+    def lost(self) -> bool:
+        """True once an outcome was unknown or the connection was seen to close."""
+
+    @abstractmethod
+    async def wait_lost(self) -> None:
+        """Return as soon as the nexus is lost (at once if it is)."""
 
     async def write_same(self, offset_bytes: int, length_bytes: int, block: Buffer) -> None:
         """WRITE SAME(16): fill the range with one logical block. Only the probe sends it.
