@@ -76,7 +76,8 @@ def _extension() -> Extension:
     return Extension(
         "redirector.native._native",
         sources=[
-            str(NATIVE / name) for name in ("_native.pyx", "session.c", "command.c", "login.c")
+            str(NATIVE / name)
+            for name in ("_native.pyx", "session.c", "login.c", "issue.c", "answer.c")
         ],
         depends=[str(NATIVE / name) for name in ("session.h", "internal.h", "queue.h")],
         include_dirs=[str(NATIVE)],

@@ -1,5 +1,5 @@
-/* What session.c, command.c and login.c share. Everything here belongs to the session's thread, but
- * for the members that say otherwise. */
+/* What session.c, login.c, issue.c and answer.c share. Everything here belongs to the thread of the
+ * session, but for the members that say otherwise. */
 #ifndef CSVFS_INTERNAL_H
 #define CSVFS_INTERNAL_H
 
@@ -79,11 +79,19 @@ bool csv_login_start(struct csv_session *session);
 void csv_login_redirect(struct csv_session *session);
 void csv_context_destroy(struct csv_session *session);
 
-/* command.c */
+/* issue.c */
 void csv_enqueue(struct csv_session *session, struct csv_request *request);
+void csv_drop_pending_head(struct csv_session *session);
 void csv_issue(struct csv_session *session);
-void csv_settle(struct csv_session *session);
 void csv_ping(struct csv_session *session);
+
+/* answer.c; libiscsi calls csv_on_..., with the piece (a ping: the session) as `private` */
+void csv_on_scsi(struct iscsi_context *context, int status, void *data, void *private);
+void csv_on_task_management(struct iscsi_context *context, int status, void *data, void *private);
+void csv_on_logout(struct iscsi_context *context, int status, void *data, void *private);
+void csv_on_ping(struct iscsi_context *context, int status, void *data, void *private);
+void csv_show_in_flight(struct csv_session *session);
+void csv_settle(struct csv_session *session);
 void csv_check_deadlines(struct csv_session *session);
 void csv_forgive(struct csv_session *session, uint64_t slept_ms);
 void csv_fail_everything(struct csv_session *session);

@@ -273,7 +273,10 @@ async def test_200_sessions_leave_nothing_behind() -> None:
         for number in range(20, 220):
             await open_and_drop(tgt, number, rng)
         gc.collect()
-        assert (descriptors(), native_threads(), threading.active_count()) == before
+        after = descriptors(), native_threads(), threading.active_count()
+        # Fewer is well: an idle worker thread of trio ends by itself.
+        assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
+        assert native_threads() == 0
         assert resident_bytes() - memory < 8 << 20
 
 

@@ -15,7 +15,10 @@ pytestmark = [pytest.mark.system, pytest.mark.full]
 ROOT = Path(__file__).parents[2]
 SOURCES = [
     ROOT / "tests/session_stress.c",
-    *(ROOT / "redirector/native" / name for name in ("session.c", "command.c", "login.c")),
+    *(
+        ROOT / "redirector/native" / name
+        for name in ("session.c", "login.c", "issue.c", "answer.c")
+    ),
 ]
 
 

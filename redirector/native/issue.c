@@ -1,0 +1,230 @@
+/* From a request to commands on the wire.
+ *
+ * The window. A command beyond the target's MaxCmdSN would wait inside libiscsi, where it blocks the
+ * pings behind it. libiscsi does not show MaxCmdSN, only that its queue does not move though the
+ * socket would take more. So a number of commands in flight that was never tried is approached one
+ * by one; when the window closes, the session stays two below it (one place for a ping), and dares a
+ * little more every second.
+ */
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "internal.h"
+
+enum {
+    PING_RESERVE = 2,
+    WIDEN_EVERY_MS = 1000,
+    READ_16 = 0x88,
+    WRITE_16 = 0x8a,
+    FUA_BIT = 0x08,
+};
+
+void csv_enqueue(struct csv_session *session, struct csv_request *request)
+{
+    request->next = NULL;
+    request->outcome = CSV_DONE;
+    request->status = 0;
+    request->residual = 0;
+    request->sense_bytes = 0;
+    request->issued = 0;
+    request->outstanding = 0;
+    if (session->pending)
+        session->pending_last->next = request;
+    else
+        session->pending = request;
+    session->pending_last = request;
+}
+
+void csv_drop_pending_head(struct csv_session *session)
+{
+    session->pending = session->pending->next;
+    if (!session->pending)
+        session->pending_last = NULL;
+}
+
+static struct csv_piece *new_piece(struct csv_session *session, struct csv_request *request)
+{
+    struct csv_piece *piece = session->free_pieces;
+    uint32_t timeout_ms =
+        request->timeout_ms ? request->timeout_ms : session->config.command_timeout_ms;
+
+    session->free_pieces = piece->next;
+    piece->request = request;
+    piece->task = NULL;
+    piece->deadline_ms = session->now_ms + timeout_ms;
+    if (piece->deadline_ms < session->earliest_deadline_ms)
+        session->earliest_deadline_ms = piece->deadline_ms;
+    piece->next = NULL;
+    piece->previous = session->newest;
+    if (session->newest)
+        session->newest->next = piece;
+    else
+        session->oldest = piece;
+    session->newest = piece;
+    session->in_flight++;
+    request->outstanding++;
+    csv_show_in_flight(session);
+    return piece;
+}
+
+static void store_be(uint8_t *to, uint64_t value, int bytes)
+{
+    while (bytes--) {
+        to[bytes] = (uint8_t)value;
+        value >>= 8;
+    }
+}
+
+/* The next part of a READ or WRITE that fits one command. */
+static void next_block_command(struct csv_session *session, struct csv_request *request,
+                               uint8_t cdb[16], uint32_t *bytes)
+{
+    uint32_t left = request->length - request->issued;
+
+    *bytes = left < session->max_transfer_bytes ? left : session->max_transfer_bytes;
+    memset(cdb, 0, 16);
+    cdb[0] = request->op == CSV_READ ? READ_16 : WRITE_16;
+    cdb[1] = request->op == CSV_WRITE && request->fua ? FUA_BIT : 0;
+    store_be(cdb + 2, request->lba + request->issued / session->block_bytes, 8);
+    store_be(cdb + 10, *bytes / session->block_bytes, 4);
+}
+
+static bool issue_scsi(struct csv_session *session, struct csv_request *request)
+{
+    struct csv_piece *piece = new_piece(session, request);
+    enum csv_direction direction = request->direction;
+    uint8_t cdb[16];
+    int cdb_bytes = 16;
+    uint32_t bytes = request->length;
+
+    if (request->op == CSV_SCSI) {
+        cdb_bytes = request->cdb_bytes;
+        memcpy(cdb, request->cdb, sizeof cdb);
+    } else {
+        direction = request->op == CSV_READ ? CSV_DATA_IN : CSV_DATA_OUT;
+        next_block_command(session, request, cdb, &bytes);
+    }
+    piece->data.iov_base = (char *)request->buffer + request->issued;
+    piece->data.iov_len = bytes;
+    request->issued += bytes;
+    piece->task = scsi_create_task(cdb_bytes, cdb,
+                                   direction == CSV_DATA_IN    ? SCSI_XFER_READ
+                                   : direction == CSV_DATA_OUT ? SCSI_XFER_WRITE
+                                                               : SCSI_XFER_NONE,
+                                   (int)bytes);
+    if (!piece->task)
+        return false;
+    if (direction == CSV_DATA_IN)
+        scsi_task_set_iov_in(piece->task, &piece->data, 1);
+    else if (direction == CSV_DATA_OUT)
+        scsi_task_set_iov_out(piece->task, &piece->data, 1);
+    return iscsi_scsi_command_async(session->context, (int)session->config.lun, piece->task, csv_on_scsi,
+                                    NULL, piece) == 0;
+}
+
+static bool issue_one(struct csv_session *session, struct csv_request *request)
+{
+    if (request->op == CSV_TASK) {
+        struct csv_piece *piece = new_piece(session, request);
+        return iscsi_task_mgmt_async(session->context, (int)session->config.lun, request->function,
+                                     0xffffffff, 0, csv_on_task_management, piece) == 0;
+    }
+    if (request->op == CSV_LOGOUT) {
+        struct csv_piece *piece = new_piece(session, request);
+        return iscsi_logout_async(session->context, csv_on_logout, piece) == 0;
+    }
+    return issue_scsi(session, request);
+}
+
+/* Put on the wire what libiscsi has. False while it keeps something back. */
+static bool push_out(struct csv_session *session)
+{
+    if (iscsi_service(session->context, POLLOUT) < 0) {
+        csv_lose(session, "%s", iscsi_get_error(session->context));
+        return false;
+    }
+    if (session->losing)
+        return false;
+    bool wants_socket = iscsi_which_events(session->context) & POLLOUT;
+    int queued = iscsi_out_queue_length(session->context);
+    if (!wants_socket && queued > 0) {
+        uint32_t sent = session->in_flight > (uint32_t)queued ? session->in_flight - queued : 0;
+        session->window = sent > PING_RESERVE ? sent - PING_RESERVE : 1;
+        session->proven = session->window < session->proven ? session->window : session->proven;
+        session->widen_at_ms = session->now_ms + WIDEN_EVERY_MS;
+    }
+    return !wants_socket && queued == 0;
+}
+
+static void widen_window(struct csv_session *session)
+{
+    if (session->window >= session->config.max_in_flight || session->now_ms < session->widen_at_ms)
+        return;
+    session->window++;
+    session->widen_at_ms = session->now_ms + WIDEN_EVERY_MS;
+}
+
+/* Several small PDUs, or a command and its data, are one segment and one wake-up of the target. */
+static void cork(struct csv_session *session, int on)
+{
+    setsockopt(iscsi_get_fd(session->context), IPPROTO_TCP, TCP_CORK, &on, sizeof on);
+}
+
+static void issue_pending(struct csv_session *session)
+{
+    bool waiting = false;
+
+    while (session->pending && session->in_flight < session->window && !session->losing) {
+        struct csv_request *request = session->pending;
+        if (request->op == CSV_LOGOUT && session->in_flight)
+            break;
+        if (request->outcome != CSV_DONE) { /* a part was refused: the rest is not sent */
+            request->issued = request->length;
+            csv_drop_pending_head(session);
+            continue;
+        }
+        bool sent = issue_one(session, request);
+        if (request->issued == request->length)
+            csv_drop_pending_head(session);
+        if (!sent) {
+            csv_lose(session, "%s", iscsi_get_error(session->context));
+            return;
+        }
+        waiting = true;
+        if (session->in_flight <= session->proven)
+            continue;
+        waiting = false;
+        if (!push_out(session))
+            return;
+        session->proven = session->in_flight;
+    }
+    if (waiting)
+        push_out(session);
+}
+
+void csv_issue(struct csv_session *session)
+{
+    if (!session->pending || session->answered || session->in_flight >= session->window ||
+        iscsi_which_events(session->context) & POLLOUT)
+        return;
+    widen_window(session);
+    bool corked = session->pending->next || session->pending->op == CSV_WRITE;
+    if (corked)
+        cork(session, 1);
+    issue_pending(session);
+    if (corked)
+        cork(session, 0);
+}
+
+void csv_ping(struct csv_session *session)
+{
+    if (iscsi_nop_out_async(session->context, csv_on_ping, NULL, 0, session)) {
+        csv_lose(session, "%s", iscsi_get_error(session->context));
+        return;
+    }
+    session->ping_out = true;
+    session->ping_sent_ms = session->now_ms;
+}
