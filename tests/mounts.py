@@ -63,6 +63,14 @@ class Mount:
         return int(self.status()["pid"])
 
     @property
+    def supervisor(self) -> int:
+        """Process id of the supervisor: the daemon's parent."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text()
+        parent = int(stat.rpartition(")")[2].split()[1])
+        assert b"csvfs.supervisor" in Path(f"/proc/{parent}/cmdline").read_bytes()
+        return parent
+
+    @property
     def connection(self) -> Connection:
         """The FUSE connection."""
         return Connection.of(str(self.path))
