@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 import trio
 
 from csvfs.format_block import BLOCK_BYTES
-from redirector.block.device import BlockDevice, BlockError, Buffer
+from redirector.block.device import BlockError, BlockIO, Buffer
 
 T = TypeVar("T")
 
@@ -21,12 +21,12 @@ MAX_RUN_BLOCKS: Final = 64
 """256 KiB: larger commands are no faster, and smaller ones leave room for a guest's."""
 
 
-def most_blocks(device: BlockDevice) -> int:
+def most_blocks(device: BlockIO) -> int:
     """Blocks that one command may carry."""
     return max(1, device.identity.max_transfer_bytes // BLOCK_BYTES)
 
 
-async def read_extent(device: BlockDevice, address: int, blocks: int) -> bytearray:
+async def read_extent(device: BlockIO, address: int, blocks: int) -> bytearray:
     """Read one stretch of blocks, in as many commands as the target's limit asks for.
 
     Raises the first `BlockError`.
@@ -43,7 +43,7 @@ async def read_extent(device: BlockDevice, address: int, blocks: int) -> bytearr
 
 
 async def write_images(
-    device: BlockDevice, images: Sequence[tuple[int, Buffer]], *, fua: bool = False
+    device: BlockIO, images: Sequence[tuple[int, Buffer]], *, fua: bool = False
 ) -> None:
     """Write (address, 4096 bytes) pairs that ascend by address. Raises the first `BlockError`."""
     most = min(MAX_RUN_BLOCKS, most_blocks(device))
@@ -51,7 +51,7 @@ async def write_images(
 
 
 async def write_extent(
-    device: BlockDevice, address: int, data: Buffer, *, fua: bool = False
+    device: BlockIO, address: int, data: Buffer, *, fua: bool = False
 ) -> None:
     """Write one stretch of blocks, in as many commands as the target's limit asks for.
 
@@ -81,7 +81,7 @@ def _runs(images: Sequence[tuple[int, Buffer]], most: int) -> Iterator[tuple[int
             start = index
 
 
-async def _write_all(device: BlockDevice, pieces: Sequence[tuple[int, Buffer]], fua: bool) -> None:
+async def _write_all(device: BlockIO, pieces: Sequence[tuple[int, Buffer]], fua: bool) -> None:
     async def write(piece: tuple[int, Buffer]) -> None:
         await device.write(piece[0] * BLOCK_BYTES, piece[1], fua=fua)
 

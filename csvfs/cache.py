@@ -31,7 +31,7 @@ import trio
 from csvfs.block_transfer import MAX_RUN_BLOCKS, most_blocks
 from csvfs.format_block import BLOCK_BYTES, BadBlock, BlockType, block_flags, verify
 from csvfs.transaction import BlockKey, Image, NeedBlocks
-from redirector.block.device import BlockDevice, BlockError
+from redirector.block.device import BlockError, BlockIO
 
 DEFAULT_CLEAN_BYTES: Final = 64 << 20
 BLOCK_COST_BYTES: Final = BLOCK_BYTES + 400
@@ -71,7 +71,7 @@ class BlockCache:
 
     def __init__(
         self,
-        device: BlockDevice,
+        device: BlockIO,
         volume_id: bytes,
         resource_of: ResourceOf,
         *,

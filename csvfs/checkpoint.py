@@ -28,7 +28,7 @@ from csvfs.flushing import FlushBatcher
 from csvfs.format_block import BLOCK_BYTES
 from csvfs.format_journal import JournalHeader
 from csvfs.journal_state import HomeImage, JournalState
-from redirector.block.device import BlockDevice
+from redirector.block.device import BlockIO
 
 CHUNK_BLOCKS: Final = 256
 """Blocks written home at a time: so long `flush_owned` waits for a checkpoint at most."""
@@ -39,7 +39,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        device: BlockDevice,
+        device: BlockIO,
         state: JournalState,
         flusher: FlushBatcher,
         header_version: int,

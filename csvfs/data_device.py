@@ -19,8 +19,8 @@ import trio
 from csvfs.block_transfer import in_parallel
 from csvfs.errors import DataLost, FilesystemError, VolumeFailed
 from redirector.block.device import (
-    BlockDevice,
     BlockError,
+    BlockIO,
     Buffer,
     MediumError,
     SpaceExhausted,
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 class DataDevice:
     """Reads and writes of data. ``note_write`` is called after each write that was answered."""
 
-    def __init__(self, device: BlockDevice, note_write: Callable[[], None]) -> None:
+    def __init__(self, device: BlockIO, note_write: Callable[[], None]) -> None:
         self.device = device
         self._note_write = note_write
         identity = device.identity

@@ -22,13 +22,13 @@ from collections.abc import Callable
 
 import trio
 
-from redirector.block.device import BlockDevice, BlockError
+from redirector.block.device import BlockError, BlockIO
 
 
 class FlushBatcher:
     """Counts writes to one device, and flushes it when there were any."""
 
-    def __init__(self, device: BlockDevice, failed: Callable[[BlockError], None]) -> None:
+    def __init__(self, device: BlockIO, failed: Callable[[BlockError], None]) -> None:
         self._device = device
         self._failed = failed
         self._failure: BlockError | None = None

@@ -54,7 +54,7 @@ from csvfs.transaction import (
     Transaction,
     TransactionScope,
 )
-from redirector.block.device import BlockDevice, BlockError
+from redirector.block.device import BlockError, BlockIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Journal:
 
     def __init__(
         self,
-        device: BlockDevice,
+        device: BlockIO,
         state: JournalState,
         scope: TransactionScope,
         *,

@@ -34,7 +34,7 @@ from csvfs.transaction import (
     Transaction,
     TransactionScope,
 )
-from redirector.block.device import BlockDevice
+from redirector.block.device import BlockIO
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Store:
 
     def __init__(
         self,
-        device: BlockDevice,
+        device: BlockIO,
         cache: BlockCache,
         journal: Journal,
         scope: TransactionScope,
@@ -263,7 +263,7 @@ def _nothing(_failure: VolumeFailed) -> None:
 
 @asynccontextmanager
 async def open_store(
-    device: BlockDevice,
+    device: BlockIO,
     place: JournalPlace,
     incarnation: int,
     start: JournalStart,

@@ -44,7 +44,7 @@ from csvfs.slot_start import journal_place
 from csvfs.store import JournalStart, Store, StoreOptions, open_store
 from csvfs.truncation import Truncation
 from lockmgr.manager import LockManager
-from redirector.block.device import BlockDevice
+from redirector.block.device import BlockIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Volume:
 class VolumeParts:
     """What a volume is made of."""
 
-    device: BlockDevice
+    device: BlockIO
     store: Store
     locks: LockManager
     scope: ChangeScope
@@ -166,7 +166,7 @@ class VolumeParts:
 
 @asynccontextmanager
 async def open_volume(
-    device: BlockDevice,
+    device: BlockIO,
     superblock: Superblock,
     slot: int,
     incarnation: int,
