@@ -50,9 +50,7 @@ async def write_images(
     await _write_all(device, list(_runs(images, most)), fua)
 
 
-async def write_extent(
-    device: BlockIO, address: int, data: Buffer, *, fua: bool = False
-) -> None:
+async def write_extent(device: BlockIO, address: int, data: Buffer, *, fua: bool = False) -> None:
     """Write one stretch of blocks, in as many commands as the target's limit asks for.
 
     Raises the first `BlockError`; then any part of it may have been written.

@@ -45,7 +45,7 @@ from csvfs.format_block import BLOCK_BYTES, BLOCKS_PER_UNIT, UNIT_BYTES, BadBloc
 from csvfs.format_inode import RECLAIM_VALUE, ReclaimKind
 from csvfs.transaction import BlockReader
 from lockmgr.modes import Mode
-from redirector.block.device import BlockDevice, BlockError, LunIdentity, TargetRefused
+from redirector.block.device import BlockError, BlockIO, LunIdentity, TargetRefused
 
 _log: Final = logging.getLogger("csvfs.reclaim")
 
@@ -70,7 +70,7 @@ class Item(NamedTuple):
 class Reclaimer:
     """Empties reclaim lists."""
 
-    def __init__(self, engine: Engine, device: BlockDevice, *, unmap: bool) -> None:
+    def __init__(self, engine: Engine, device: BlockIO, *, unmap: bool) -> None:
         self._engine = engine
         self._device = device
         identity = device.identity
