@@ -1,8 +1,8 @@
 """A volume of a LUN, from its URL to a `Volume` that answers, and back to a LUN that is left.
 
-    lock file, claim (journals replayed meanwhile), lock manager, volume, recovery
+    lock file, claim (journals replayed meanwhile), path, lock manager, volume, recovery
     ... the caller serves ...
-    volume closed, locks given up, claim released
+    volume closed, locks given up, path flushed and detached, claim released
 
 Leaving the block leaves the volume cleanly. Leaving it with an exception, or after the volume has
 failed, stops as a crash would: sessions dropped, nothing released; the next mount here recovers.
@@ -26,6 +26,7 @@ from csvfs.daemon_lock import DaemonLock, daemon_lives
 from csvfs.errors import VolumeFailed
 from csvfs.events import Reporter
 from csvfs.format import Superblock
+from csvfs.membership import ClaimMembership
 from csvfs.problems import Kind, Problem
 from csvfs.record import MountState, records
 from csvfs.settings import MountSettings
@@ -35,6 +36,7 @@ from csvfs.volume import Volume, open_volume
 from lockmgr.manager import open_lock_manager
 from redirector.block.device import BlockDevice
 from redirector.block.url import open_lun
+from redirector.path import DirectPath
 
 _log = logging.getLogger("csvfs.attach")
 
@@ -44,8 +46,9 @@ _LEAVING_POLL_S = 0.1
 class Attached:
     """A volume that this host has taken and may serve."""
 
-    def __init__(self, claim: Claim, volume: Volume) -> None:
+    def __init__(self, claim: Claim, path: DirectPath, volume: Volume) -> None:
         self.claim = claim
+        self.path = path
         self.volume = volume
         self.volume_id = claim.superblock.volume_id
         self.label = claim.superblock.label
@@ -65,12 +68,15 @@ class Attached:
 
     def status(self) -> dict[str, Any]:
         """What `csvctl status` tells of the volume."""
-        claim, identity = self.claim, self.claim.data.device.identity
+        claim, identity, path = self.claim, self.path.identity, self.path.status()
         return {
+            "path": "direct" if path.healthy else f"waiting: {path.trouble}",
+            "path_losses": path.recoveries,
+            "unflushed_bytes": path.retained_bytes,
             "slot": claim.slot,
             "incarnation": claim.incarnation,
             "epoch": claim.view.epoch,
-            "key": f"{claim.control.key:#018x}",
+            "key": f"{path.control_key:#018x}",
             "initiator": claim.host.initiator_name,
             "lun_vendor": f"{identity.vendor} {identity.product}".strip(),
             "lun_serial": identity.serial,
@@ -99,20 +105,25 @@ async def attach(
                 "Run `csvctl check --repair` when the volume is not mounted"
             )
             _log.warning("superblock: %s; the backup is used", claim.superblock_trouble)
+        path = DirectPath(claim.lun, claim.control, claim.data, ClaimMembership(claim))
         try:
-            async with _volume(claim, journals, reporter) as attached:
-                yield attached
-                if attached.volume.failure is not None:
-                    raise attached.volume.failure
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(path.run)
+                async with _volume(claim, path, journals, reporter) as attached:
+                    yield attached
+                    if attached.volume.failure is not None:
+                        raise attached.volume.failure
+                claim.control, claim.data = await path.detach()
         except BaseException:
-            claim.data.device.abort()
-            claim.control.device.abort()
+            path.abort()
             raise
         await release_volume(claim)
 
 
 @asynccontextmanager
-async def _volume(claim: Claim, journals: _Journals, reporter: Reporter) -> AsyncIterator[Attached]:
+async def _volume(
+    claim: Claim, path: DirectPath, journals: _Journals, reporter: Reporter
+) -> AsyncIterator[Attached]:
     made: list[Attached] = []
 
     def note(failure: VolumeFailed) -> None:
@@ -122,7 +133,7 @@ async def _volume(claim: Claim, journals: _Journals, reporter: Reporter) -> Asyn
     async with (
         open_lock_manager(node=claim.slot, epoch=claim.view.epoch) as locks,
         open_volume(
-            claim.data.device,
+            path,
             claim.superblock,
             claim.slot,
             claim.incarnation,
@@ -132,20 +143,20 @@ async def _volume(claim: Claim, journals: _Journals, reporter: Reporter) -> Asyn
         ) as volume,
         trio.open_nursery() as nursery,
     ):
-        attached = Attached(claim, volume)
+        attached = Attached(claim, path, volume)
         made.append(attached)
         for slot in journals.replayed:
             reporter.step(f"finishing what slot {slot} left undone")
             await volume.recover(slot)
-        nursery.start_soon(_watch_path, claim, attached)
+        nursery.start_soon(_watch_path, path, attached)
         yield attached
         nursery.cancel_scope.cancel()
 
 
-async def _watch_path(claim: Claim, attached: Attached) -> None:
-    """An idle volume learns of a lost path at once, not with the next guest's write."""
-    await claim.data.device.wait_lost()
-    attached.note_failed(VolumeFailed("the session with the LUN is lost"))
+async def _watch_path(path: DirectPath, attached: Attached) -> None:
+    """An idle volume learns of its eviction at once, not with the next guest's write."""
+    evicted = await path.wait_evicted()
+    attached.note_failed(VolumeFailed(str(evicted)))
 
 
 class _Journals:
