@@ -204,18 +204,13 @@ class Change:
         return False
 
     # -- the end of an inode -----------------------------------------------------------------
-    def dispose(self, inode: Inode) -> None:
-        """The inode lost its last name: an orphan while somebody uses it, dead otherwise."""
-        state = self.scope.table.state(inode.ino)
+    def dispose(self, inode: Inode, *, unused: bool) -> None:
+        """The inode lost its last name: dead if it is ``unused``, else an orphan meanwhile."""
         assert inode.nlink == 0
-        if state.known or not self.lock_opened(inode.ino):
-            self.add_orphan(inode, OrphanKind.OPEN)
-        else:
+        if unused:
             self.bury(inode)
-
-    def lock_opened(self, ino: int) -> bool:
-        """Hold the inode's open lock EX until the transaction ends; False if a node has it open."""
-        return self.tx.try_lock(self.scope.resources.opened(ino), Mode.EX)
+        else:
+            self.add_orphan(inode, OrphanKind.OPEN)
 
     def bury(self, inode: Inode) -> None:
         """Nobody can reach the inode any more: what it owns is to be reclaimed."""

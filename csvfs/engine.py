@@ -15,7 +15,7 @@ Concurrency: no task of its own; everything runs in the caller's.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Final, TypeVar
 
@@ -23,9 +23,11 @@ from csvfs.change import Change, ChangeScope
 from csvfs.errors import Damaged, FilesystemError, NoSpace, NotFound, StaleInode, VolumeFailed
 from csvfs.format_block import BadBlock, BlockType
 from csvfs.format_geometry import ROOT_INODE
+from csvfs.inode import Inode
 from csvfs.inode_table import InodeState
 from csvfs.store import Store
 from csvfs.transaction import MAX_TX_BLOCKS, BlockKey, BlockReader, Transaction
+from lockmgr.errors import LockTimeout
 from lockmgr.lock import Lock
 from lockmgr.manager import LockManager
 from lockmgr.modes import Mode
@@ -33,6 +35,8 @@ from redirector.block.device import BlockError, MediumError
 
 T = TypeVar("T")
 
+OPEN_ELSEWHERE_S: Final = 0.1
+"""How long to wait for an open lock that is perhaps only cached, before it counts as in use."""
 DAY_NS: Final = 86_400_000_000_000
 
 Reclaimed = Callable[[], Awaitable[bool]]
@@ -125,6 +129,22 @@ class Engine:
             )
             yield {ino: await self.load(ino, generation) for ino, generation in wanted.items()}
 
+    @asynccontextmanager
+    async def last_user(self, state: InodeState) -> AsyncIterator[bool]:
+        """True if nobody has the inode, which is locked alone, open or knows of it, on any node;
+        and so it stays until the end of the block."""
+        if state.known:
+            yield False
+            return
+        resource = self.resources.opened(state.ino)
+        try:
+            lock = await self.locks.acquire(resource, Mode.EX, timeout_s=OPEN_ELSEWHERE_S)
+        except LockTimeout:
+            yield False
+            return
+        with lock:
+            yield True
+
     def note_access(self, state: InodeState) -> None:
         """The inode, locked here, was read: atime, as mount(8) says of relatime.
 
@@ -147,23 +167,26 @@ class Engine:
             vouched = generation is not None or (
                 state is not None and (state.known or state.orphan)
             )
-            if not vouched and ino != ROOT_INODE:
-                await self._require_metadata(ino)
-            inode = await self.look(lambda reader: self.table.read(reader, ino, generation))
+            if vouched or ino == ROOT_INODE:
+                inode = await self.look(lambda reader: table.read(reader, ino, generation))
+            else:
+                inode = await self._look_up_unknown(ino)
             state = table.adopt(inode)
         elif generation is not None and state.generation != generation:
             raise StaleInode(f"inode {ino} is of generation {state.generation}, not {generation}")
         return state
 
-    async def _require_metadata(self, ino: int) -> None:
+    async def _look_up_unknown(self, ino: int) -> Inode:
         """Nobody vouches for this number: believe what lies there only if the map says that it
         is metadata, since a guest may have written what looks like an inode."""
         geometry, groups = self.scope.geometry, self.scope.groups
         if geometry.holds(ino):
             resource = self.resources.group(geometry.group_of(ino))
             async with self.locks.acquire(resource, Mode.PR):
-                if await self.look(lambda reader: groups.is_metadata_block(reader, ino)):
-                    return
+                is_metadata = await self.look(lambda reader: groups.is_metadata_block(reader, ino))
+            if is_metadata:
+                with suppress(BadBlock):  # metadata of another kind
+                    return await self.store.run(lambda reader: self.table.read(reader, ino))
         raise NotFound(f"there is no inode {ino}")
 
     # -- bodies ----------------------------------------------------------------------------

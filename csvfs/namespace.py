@@ -233,8 +233,13 @@ class Namespace:
                 raise IsADirectory(f"{name!r} is a directory")
             if directory and not entry.is_directory:
                 raise NotADirectory(f"{name!r} is no directory")
-            async with engine.alone(entry.ino, entry.generation):
-                await engine.change(lambda change: _unname(change, parent, entry), privileged=True)
+            async with (
+                engine.alone(entry.ino, entry.generation) as child,
+                engine.last_user(child) as unused,
+            ):
+                await engine.change(
+                    lambda change: _unname(change, parent, entry, unused), privileged=True
+                )
 
 
 async def find_locked(engine: Engine, directory: InodeState, name: bytes) -> Entry | None:
@@ -273,8 +278,8 @@ def leave(change: Change, directory: Inode, entry: Entry) -> None:
     directory.touch(change.now_ns)
 
 
-def lose_name(change: Change, inode: Inode) -> None:
-    """One name of an inode is gone; with the last one it is disposed of.
+def lose_name(change: Change, inode: Inode, *, unused: bool) -> None:
+    """One name of an inode is gone; with the last one it is disposed of (`Change.dispose`).
 
     A directory has one name. Raises `NotEmpty` if it holds any.
     """
@@ -285,12 +290,12 @@ def lose_name(change: Change, inode: Inode) -> None:
     else:
         inode.nlink -= 1
     if inode.nlink == 0:
-        change.dispose(inode)
+        change.dispose(inode, unused=unused)
 
 
-def _unname(change: Change, parent: int, entry: Entry) -> None:
+def _unname(change: Change, parent: int, entry: Entry, unused: bool) -> None:
     directory, child = change.inode(parent), change.inode(entry.ino)
-    lose_name(change, child)
+    lose_name(change, child, unused=unused)
     leave(change, directory, entry)
     if child.is_directory:
         directory.nlink -= 1

@@ -159,13 +159,12 @@ class OpenFiles:
     async def retire(self, ino: int) -> None:
         """Put an orphan that nobody of this node uses onto the reclaim list, unless another node
         has it open."""
-        async with self._engine.alone(ino) as state:
-            if state.orphan and not state.known:
-                await self._engine.change(lambda change: _retire(change, ino), privileged=True)
+        engine = self._engine
+        async with engine.alone(ino) as state, engine.last_user(state) as unused:
+            if state.orphan and unused:
+                await engine.change(lambda change: _retire(change, ino), privileged=True)
 
 
 def _retire(change: Change, ino: int) -> None:
-    inode = change.inode(ino)
-    if change.lock_opened(ino):
-        change.remove_orphan(ino)
-        change.bury(inode)
+    change.remove_orphan(ino)
+    change.bury(change.inode(ino))

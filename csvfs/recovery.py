@@ -90,15 +90,18 @@ class Recovery:
     async def _retire(self, orphan: Orphan, slot: int) -> bool:
         """Put it onto *this* slot's reclaim list; False if another node has it open."""
 
-        def body(change: Change) -> bool:
+        def body(change: Change) -> None:
             inode = change.inode(orphan.ino)
             if inode.nlink:
                 raise Damaged(f"inode {orphan.ino} is an orphan and has {inode.nlink} names")
-            if not change.lock_opened(orphan.ino):
-                return False
             change.remove_orphan(orphan.ino, slot)
             change.bury(inode)
-            return True
 
-        async with self._engine.alone(orphan.ino, orphan.generation):
-            return await self._engine.change(body, privileged=True)
+        engine = self._engine
+        async with (
+            engine.alone(orphan.ino, orphan.generation) as state,
+            engine.last_user(state) as unused,
+        ):
+            if unused:
+                await engine.change(body, privileged=True)
+            return unused

@@ -105,8 +105,12 @@ class Renamer:
                 return True
             for entry in sorted((e for e in found if e is not None), key=lambda e: e.ino):
                 await locks.enter_async_context(engine.alone(entry.ino, entry.generation))
+            unused = False
+            if found.target is not None and not flags:
+                victim = engine.table.state(found.target.ino)
+                unused = await locks.enter_async_context(engine.last_user(victim))
             await engine.change(
-                lambda change: _rename(change, source, target, found, flags),
+                lambda change: _rename(change, source, target, found, flags, unused),
                 privileged=found.target is not None,
             )
             return True
@@ -172,7 +176,9 @@ def _moves_directory(found: Found, flags: int) -> bool:
 
 
 # -- the body ------------------------------------------------------------------------------------
-def _rename(change: Change, source: Place, target: Place, found: Found, flags: int) -> None:
+def _rename(
+    change: Change, source: Place, target: Place, found: Found, flags: int, unused: bool
+) -> None:
     old, new = change.inode(source.parent), change.inode(target.parent)
     moved = change.inode(found.source.ino)
     if new.nlink == 0:
@@ -191,19 +197,19 @@ def _rename(change: Change, source: Place, target: Place, found: Found, flags: i
     elif flags == NOREPLACE:
         raise NameExists(f"{target.name!r} is in directory {target.parent}")
     else:
-        _replace(change, new, moved, found.target)
+        _replace(change, new, moved, found.target, unused)
         leave(change, old, found.source)
     _change_parent(moved, old, new)
 
 
-def _replace(change: Change, new: Inode, moved: Inode, entry: Entry) -> None:
+def _replace(change: Change, new: Inode, moved: Inode, entry: Entry, unused: bool) -> None:
     """``entry`` of ``new`` stands for ``moved`` from now on; what it stood for loses a name."""
     victim = change.inode(entry.ino)
     if moved.is_directory and not victim.is_directory:
         raise NotADirectory(f"{entry.name!r} is no directory")
     if victim.is_directory and not moved.is_directory:
         raise IsADirectory(f"{entry.name!r} is a directory")
-    lose_name(change, victim)
+    lose_name(change, victim, unused=unused)
     if victim.is_directory:
         new.nlink -= 1
     change_entry(change.entries(new), entry, moved)

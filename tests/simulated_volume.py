@@ -15,6 +15,7 @@ from csvfs.mkfs import FormatOptions, make_filesystem
 from csvfs.slot_start import begin_slot, replay_slot
 from csvfs.volume import Volume, VolumeOptions, open_volume
 from lockmgr.manager import LockManager, open_lock_manager
+from lockmgr.settings import Settings
 from redirector.block.device import BlockDevice, InitiatorPort
 from redirector.block.simulated import SimulatedLun
 
@@ -40,6 +41,7 @@ async def mounted(
     *,
     incarnation: int = 1,
     options: VolumeOptions | None = None,
+    settings: Settings | None = None,
 ) -> AsyncIterator[tuple[Volume, LockManager]]:
     """The volume, in a slot that was used before if this is not the first incarnation."""
     used = incarnation > 1
@@ -48,10 +50,8 @@ async def mounted(
     else:
         start = await begin_slot(device, superblock, SLOT, incarnation)
     async with (
-        open_lock_manager() as locks,
-        open_volume(
-            device, superblock, SLOT, incarnation, start, locks, options=options
-        ) as volume,
+        open_lock_manager(settings=settings) as locks,
+        open_volume(device, superblock, SLOT, incarnation, start, locks, options=options) as volume,
     ):
         if used:
             await volume.recover(SLOT)
