@@ -33,6 +33,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -192,14 +193,19 @@ class Registration:
         self._seen_generation = generation
 
     @classmethod
-    async def register(cls, device: BlockDevice, key: int) -> Registration:
+    async def register(
+        cls, device: BlockDevice, key: int, *, former_keys: Sequence[int] = ()
+    ) -> Registration:
         """REGISTER a key that nobody has ever registered, on a fresh nexus.
 
-        Raises `KeyInUse` and what the device raises; after `OutcomeUnknown` the key is burnt.
+        ``former_keys`` are those that the same initiator port may have registered before: where
+        the target keeps a registration for the port, not the session (SPC-4 5.12.1), the new key
+        takes the place of the old one. Raises `KeyInUse` and what the device raises; after
+        `OutcomeUnknown` the key is burnt.
         """
         if key in (await patiently(device.read_keys)).keys:
             raise KeyInUse(f"the key {key_words(key)} is registered already")
-        await patiently(lambda: device.register(key))
+        await cls._send_register(device, key, former_keys)
         answer = await patiently(device.read_keys)
         if answer.keys.count(key) > 1:
             await patiently(lambda: device.register(0, old_key=key))
@@ -208,6 +214,15 @@ class Registration:
         if verdict is not None:
             raise verdict
         return cls(device, key, answer.generation)
+
+    @staticmethod
+    async def _send_register(device: BlockDevice, key: int, former_keys: Sequence[int]) -> None:
+        for old_key in (0, *former_keys):
+            try:
+                return await patiently(partial(device.register, key, old_key=old_key))
+            except ReservationConflict as error:
+                conflict = error
+        raise conflict
 
     async def unregister(self) -> None:
         """Give the key up. Never for the holder's key: its successor preempts it."""

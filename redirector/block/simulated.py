@@ -87,7 +87,7 @@ class SimulatedLun(SimulatedTarget, Lun):
         if not self.faults.reinstatement_keeps_old:
             for device in [d for d in self.sessions.values() if d.port == port]:
                 self.close_session(device)
-        nexus = next(self._numbers)
+        nexus = self.nexus_for(port)
         self.arbiter.open(nexus)
         device = self.sessions[nexus] = SimulatedDevice(self, nexus, port)
         return device

@@ -19,6 +19,8 @@ class Faults:
     arbiter: ArbiterHabits = field(default_factory=ArbiterHabits)
     reinstatement_keeps_old: bool = False
     """A login with the port of a living session leaves that session alive."""
+    registrations_follow_port: bool = False
+    """A registration belongs to the initiator port, and is there again after its next login."""
     reset_does_not_drain: bool = False
     """LOGICAL UNIT RESET is answered while earlier commands are still on their way."""
     reset_aborts: bool = False

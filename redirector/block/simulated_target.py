@@ -106,6 +106,7 @@ class SimulatedTarget:
         self._unanswered: set[int] = set()
         first = max(self.arbiter.registrations, default=0) + 1
         self._numbers = count(first)
+        self._ports: dict[InitiatorPort, int] = {}
 
     # -- faults ----------------------------------------------------------------------------------
     def hold(self, match: Match, *, limit: int | None = None) -> Hold:
@@ -172,6 +173,15 @@ class SimulatedTarget:
         self.arbiter.check()
         assert all(not device.lost or device.frozen for device in self.sessions.values())
         assert all(command.ended is not None for command in self.parked)
+
+    def nexus_for(self, port: InitiatorPort) -> int:
+        """The number of a session that ``port`` is about to have."""
+        known = self._ports.get(port)
+        if self.faults.registrations_follow_port and known in self.arbiter.registrations:
+            assert known is not None
+            return known
+        nexus = self._ports[port] = next(self._numbers)
+        return nexus
 
     # -- a command's way ---------------------------------------------------------------------------
     def check_reachable(self, port: InitiatorPort | None) -> None:
