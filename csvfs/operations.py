@@ -53,6 +53,7 @@ _DIRECT_MASK: Final = 511
 _READDIR_BATCH: Final = 32
 """Entries asked for at once: what fits in the page that the kernel offers, and not much more."""
 _DOTS: Final = frozenset((b".", b".."))
+_TRUSTED: Final = b"trusted."
 
 
 class Entry(Protocol):
@@ -282,7 +283,11 @@ class Operations(pyfuse3.Operations, Generic[H]):
 
     @answered
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return await self._volume.listxattr(inode)
+        names = await self._volume.listxattr(inode)
+        if ctx.uid == 0:
+            return names
+        # xattr(7): who has no CAP_SYS_ADMIN does not even see the names of trusted attributes.
+        return [name for name in names if not name.startswith(_TRUSTED)]
 
     @answered
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

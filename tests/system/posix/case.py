@@ -123,6 +123,10 @@ class Times:
             if moved:
                 break
 
+    def before(self, name: str) -> os.stat_result:
+        """What ``name`` was when the times were set."""
+        return self._before[name]
+
     def moved(self, name: str | None = None) -> str:
         """The times of ``name`` (default: the first) that are not what they were, like "mc"."""
         name = name or self._names[0]

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 
-from .case import KINDS, OTHER, USER, Observation, does, each, make, remove, user
+from .case import (
+    KINDS,
+    OTHER,
+    USER,
+    Observation,
+    call,
+    case,
+    does,
+    each,
+    make,
+    opened,
+    remove,
+    seen,
+    user,
+)
 from .cases_namespace import CREATORS
 
 
@@ -126,4 +141,118 @@ def _(what: str) -> Observation:
         else:
             answers = [does(os.pread, f, 1, 0), does(os.fstat, f)]
     os.close(f)
+    return answers
+
+
+@case("permission-mknod")
+def _() -> Observation:
+    """Devices are root's; the other kinds are anybody's."""
+    os.mkdir("d")
+    os.chmod("d", 0o777)
+    with user(USER):
+        return [
+            does(os.mknod, f"d/{kind:o}", kind | 0o600, os.makedev(1, 3))
+            for kind in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFREG, stat.S_IFSOCK)
+        ] + [does(os.mknod, "d/directory", stat.S_IFDIR | 0o700)]
+
+
+@each("permission-link", *KINDS)
+def _(kind: str) -> Observation:
+    """Hard links to what one cannot write (fs.protected_hardlinks decides, on both)."""
+    os.mkdir("d")
+    os.chmod("d", 0o777)
+    answers: Observation = []
+    for owner in (USER, OTHER):
+        for mode in (0o600, 0o666):
+            make(kind, f"d/{owner}{mode}")
+            if kind != "symlink":
+                os.chmod(f"d/{owner}{mode}", mode)
+            os.chown(f"d/{owner}{mode}", owner, owner, follow_symlinks=False)
+            with user(USER):
+                answers.append(
+                    does(os.link, f"d/{owner}{mode}", f"d/{owner}{mode}n", follow_symlinks=False)
+                )
+    return answers
+
+
+@each("permission-sticky-owner", *KINDS)
+def _(kind: str) -> Observation:
+    """Who owns a sticky directory may remove and rename everybody's entries in it."""
+    os.mkdir("d")
+    os.chown("d", USER, USER)
+    os.chmod("d", 0o1777)
+    for name in ("a", "b"):
+        make(kind, f"d/{name}")
+        os.chown(f"d/{name}", OTHER, OTHER, follow_symlinks=False)
+    with user(7001):
+        answers: Observation = [does(remove, kind, "d/a"), does(os.rename, "d/b", "d/c")]
+    with user(USER):
+        answers += [does(remove, kind, "d/a"), does(os.rename, "d/b", "d/c")]
+    return answers
+
+
+@case("permission-setgid-directory")
+def _() -> Observation:
+    """What users create in a set-group-ID directory, members of its group and others."""
+    os.mkdir("d")
+    os.chown("d", 0, 4242)
+    os.chmod("d", 0o2777)
+    answers: Observation = []
+    os.umask(0)
+    for label, groups in (("member", (4242,)), ("other", ())):
+        with user(USER, USER, groups):
+            for mode in (0o2755, 0o2745, 0o6711):
+                name = f"d/{label}{mode}"
+                with opened(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode):
+                    answers.append(seen(name))
+            os.mkdir(f"d/{label}", 0o755)
+            os.mkfifo(f"d/{label}fifo", 0o2755)
+            answers += [seen(f"d/{label}"), seen(f"d/{label}fifo")]
+    return answers
+
+
+@each("permission-open-flags", 0o400, 0o200, 0o600, 0)
+def _(mode: int) -> Observation:
+    make("file", "f", mode)
+    with opened("f", os.O_WRONLY) as f:
+        os.write(f, b"content")
+    os.chown("f", USER, USER)
+    answers: Observation = []
+    with user(USER):
+        for flags in (
+            os.O_WRONLY | os.O_TRUNC,
+            os.O_RDONLY | os.O_TRUNC,
+            os.O_WRONLY | os.O_APPEND,
+            os.O_RDWR | os.O_APPEND,
+            os.O_CREAT | os.O_RDONLY,
+            os.O_CREAT | os.O_RDWR,
+            os.O_RDONLY | os.O_NOATIME,
+            os.O_PATH,
+        ):
+            answers.append(does(os.open, "f", flags))
+    answers.append(os.stat("f").st_size)
+    with user(OTHER):
+        answers.append(does(os.open, "f", os.O_RDONLY | os.O_NOATIME))
+    return answers
+
+
+@case("permission-of-descriptors")
+def _() -> Observation:
+    """fchmod(2) and fchown(2) ask who calls, not how the file was opened."""
+    make("file", "f", 0o666)
+    os.chown("f", USER, USER)
+    os.chmod("f", 0o666)
+    answers: Observation = []
+    with opened("f", os.O_RDONLY) as f:
+        for uid in (USER, OTHER):
+            with user(uid):
+                answers += [
+                    does(os.fchmod, f, 0o666),
+                    does(os.fchown, f, -1, uid),
+                    does(os.utime, f, ns=(1, 2)),
+                    does(os.utime, f),
+                    does(os.setxattr, f, "user.a", b"1"),
+                    call(os.getxattr, f, "user.a"),
+                ]
+        answers.append(seen(f))
     return answers
