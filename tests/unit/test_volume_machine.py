@@ -29,7 +29,7 @@ from tests.volume_script import Forget, Remount, Replay, Step, look
 T = TypeVar("T")
 
 UNIT = 65536
-NAMES = st.sampled_from([b"a", b"b", b"c", b"d", b"long" * 60, b".", b"..", b"x" * 256])
+NAMES = st.sampled_from([b"a", b"b", b"c", b"d"] * 5 + [b"long" * 60, b".", b"..", b"x" * 256])
 MODES = st.sampled_from([0o755, 0o2755, 0o4711, 0o600])
 FLAGS = st.sampled_from(
     [os.O_RDWR, os.O_RDONLY, os.O_WRONLY | os.O_APPEND, os.O_RDWR | os.O_TRUNC, os.O_WRONLY]
@@ -269,8 +269,8 @@ class RivalMachine(VolumeMachine):
 
 
 _SETTINGS: Final = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=100,
+    stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
