@@ -88,6 +88,7 @@ def _sorted_kinds() -> list[tuple[type, Kind]]:
         (claim.ClaimFailed, Kind.LUN_REFUSED),
         (claim.LeaveIncomplete, Kind.LUN_LOST),
         (newcomer.ForeignReservation, Kind.FOREIGN_KEY),
+        (fixed_area.SuperblocksDestroyed, Kind.SUPERBLOCK_DESTROYED),
         (fixed_area.NoVolume, Kind.NOT_CSVFS),
         (NoView, Kind.DAMAGED),
         (JournalDamaged, Kind.DAMAGED),

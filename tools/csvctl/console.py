@@ -34,7 +34,7 @@ def complain(command: str, problem: Problem) -> None:
     outcome = OUTCOMES[problem.kind]
     note(f"{_red(command, '31')}: {problem.what}")
     for line in (outcome.means, outcome.next_step):
-        note(textwrap.fill(line, 96, initial_indent="  ", subsequent_indent="  "))
+        note(textwrap.indent(textwrap.fill(line, 94, break_on_hyphens=False), "  "))
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> None:
