@@ -7,7 +7,7 @@
     /etc/iscsi/initiatorname.iscsi  the host's InitiatorName, as open-iscsi keeps it
 
 CSVFS_RUN_DIR and CSVFS_CONFIG_DIR move the first two kinds elsewhere: for tests, and for two hosts
-that are played on one machine (then with CSVFS_MACHINE_ID as well).
+that are played on one machine (then with CSVFS_MACHINE_ID as well). CSVFS_BOOT_ID plays a reboot.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import socket
 from pathlib import Path
 from typing import Final
 
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _INITIATOR_FILE: Final = Path("/etc/iscsi/initiatorname.iscsi")
 _INITIATOR: Final = re.compile(r"^\s*InitiatorName\s*=\s*(\S+)\s*$", re.MULTILINE)
 
@@ -67,7 +68,7 @@ def machine_id() -> bytes:
 
 def boot_id() -> bytes:
     """16 bytes that are new with every boot. Raises OSError."""
-    text = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    text = os.environ.get("CSVFS_BOOT_ID") or _BOOT_ID.read_text().strip()
     return bytes.fromhex(text.replace("-", ""))
 
 
