@@ -31,8 +31,9 @@ from csvfs.format_geometry import VIEW_ADDRESSES, VIEW_BYTES
 VIEW_FIELDS: Final = Struct("<QQqHH4x32s")
 """epoch, holder key, written_ns, slots, 0, heartbeat secret."""
 VIEW_SLOTS_OFFSET: Final = 512
-VIEW_SLOT: Final = Struct("<IBBHQq32s64s")
-"""incarnation, state, replay by, flags, 0, since_ns, certificate fingerprint, node name."""
+VIEW_SLOT: Final = Struct("<IBBHQq32s64s16s16s")
+"""incarnation, state, replay by, flags, 0, since_ns, certificate fingerprint, node name,
+machine id, boot id."""
 VIEW_SLOT_BYTES: Final = 512
 NODE_NAME_BYTES: Final = 64
 FINGERPRINT_BYTES: Final = 32
@@ -77,6 +78,10 @@ class ViewSlot:
     since_ns: int = 0
     """CLOCK_REALTIME of the last change of this entry; for people only."""
     flags: ViewSlotFlag = ViewSlotFlag.NONE
+    machine_id: bytes = bytes(16)
+    boot_id: bytes = bytes(16)
+    """With the node's name, what proves that an incarnation was this host's and is dead. Here and
+    not only in the slot block, because that has one copy and a write of it may be torn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,8 @@ class View:
                 slot.since_ns,
                 slot.fingerprint,
                 pack_text(slot.node_name, NODE_NAME_BYTES, "node name"),
+                slot.machine_id,
+                slot.boot_id,
             )
         seal(block, self.epoch)
         return block
@@ -175,9 +182,18 @@ class View:
 
 def _decode_slot(block: bytes | bytearray | memoryview, at: int, address: int) -> ViewSlot:
     kind = BlockType.VIEW
-    incarnation, state, replay_by, flags, _, since_ns, fingerprint, name = VIEW_SLOT.unpack_from(
-        block, at
-    )
+    (
+        incarnation,
+        state,
+        replay_by,
+        flags,
+        _,
+        since_ns,
+        fingerprint,
+        name,
+        machine_id,
+        boot_id,
+    ) = VIEW_SLOT.unpack_from(block, at)
     return ViewSlot(
         incarnation,
         unpack_enum(SlotState, state, address, kind, "slot state"),
@@ -186,6 +202,8 @@ def _decode_slot(block: bytes | bytearray | memoryview, at: int, address: int) -
         unpack_text(name, address, kind, "node name"),
         since_ns,
         ViewSlotFlag(flags),
+        machine_id,
+        boot_id,
     )
 
 

@@ -21,10 +21,10 @@ Who may format at all is decided by `csvfs.mkfs_claim`.
 
 from __future__ import annotations
 
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from random import Random, SystemRandom
 from typing import Final
 
 import trio
@@ -59,7 +59,8 @@ _FIRST_VERSION: Final = 1
 _EMPTY_VIEW_EPOCHS: Final = (1, 2)
 """One in each copy, so that the first view that a node writes may be torn too."""
 
-Random = Callable[[int], bytes]
+_SYSTEM_RANDOM: Final = SystemRandom()
+
 Progress = Callable[[int, int], None]
 """(writes done, writes in all)."""
 
@@ -124,22 +125,24 @@ async def make_filesystem(
     options: FormatOptions,
     *,
     now_ns: int,
-    random: Random = secrets.token_bytes,
+    rng: Random = _SYSTEM_RANDOM,
     progress: Progress | None = None,
 ) -> Superblock:
     """Destroy what is on the LUN and write an empty volume; stable on return.
 
-    ``random(n)`` gives n random bytes (volume id, secret, seeds). Raises `BadGeometry` and
+    ``rng`` draws the volume id, the secret and the root's hash seed. Raises `BadGeometry` and
     ValueError before the first write, `BlockError` at any time.
     """
-    superblock = plan_superblock(device.identity, options, volume_id=random(16), now_ns=now_ns)
+    superblock = plan_superblock(
+        device.identity, options, volume_id=rng.randbytes(16), now_ns=now_ns
+    )
     geometry = superblock.geometry
     main, backup = SUPERBLOCK_ADDRESS, geometry.backup_superblock
     nothing = bytes(BLOCK_BYTES)
     for address in (main, backup):
         await device.write(byte_offset(address), nothing, fua=True)
     zeroes = list(_zeroes(device.identity, geometry))
-    contents = list(_contents(superblock, options, random, now_ns))
+    contents = list(_contents(superblock, options, rng, now_ns))
     counter = _Counter(progress, len(zeroes) + len(contents) + 5)
     counter.add(2)
     await _write_all(device, zeroes, counter)
@@ -193,11 +196,11 @@ def _zeroes(identity: LunIdentity, geometry: Geometry) -> Iterator[_Write]:
 
 
 def _contents(
-    superblock: Superblock, options: FormatOptions, random: Random, now_ns: int
+    superblock: Superblock, options: FormatOptions, rng: Random, now_ns: int
 ) -> Iterator[_Write]:
     volume_id, geometry = superblock.volume_id, superblock.geometry
-    yield byte_offset(ROOT_INODE), _root_inode(volume_id, random, now_ns)
-    secret = random(SECRET_BYTES)
+    yield byte_offset(ROOT_INODE), _root_inode(volume_id, rng, now_ns)
+    secret = rng.randbytes(SECRET_BYTES)
     for epoch in _EMPTY_VIEW_EPOCHS:
         view = View.empty(geometry.slots, epoch, secret, now_ns, holder_key=options.holder_key)
         yield byte_offset(view.address), view.encode(volume_id)
@@ -208,11 +211,11 @@ def _contents(
         yield byte_offset(header.address), header.encode(volume_id, _FIRST_VERSION)
 
 
-def _root_inode(volume_id: bytes, random: Random, now_ns: int) -> bytearray:
+def _root_inode(volume_id: bytes, rng: Random, now_ns: int) -> bytearray:
     """An empty directory of root's, mode 0755, its own parent."""
     inode = new_inode(ROOT_INODE, stat.S_IFDIR | 0o755, 0, 0, now_ns, parent=None)
     inode.generation = 1
-    inode.hash_seed = int.from_bytes(random(8), "little")
+    inode.hash_seed = rng.getrandbits(64)
     block = new_block(BlockType.INODE, ROOT_INODE, ROOT_INODE, volume_id)
     inode.pack_into(block)
     TreeRoot.of_directory(ROOT_INODE).initialise(block)

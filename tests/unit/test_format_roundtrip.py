@@ -58,6 +58,8 @@ view_slots = st.builds(
     node_name=texts(fmt.NODE_NAME_BYTES),
     since_ns=times,
     flags=st.integers(0, 1).map(fmt.ViewSlotFlag),
+    machine_id=blobs(16),
+    boot_id=blobs(16),
 )
 views = st.builds(
     fmt.View,

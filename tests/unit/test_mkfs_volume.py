@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from random import Random
 
 import pytest
@@ -28,10 +28,6 @@ MIB = 1 << 20
 OPTIONS = FormatOptions(label="images", slots=4, holder_key=77)
 
 
-def seeded(seed: int) -> Callable[[int], bytes]:
-    return Random(seed).randbytes
-
-
 async def login(lun: SimulatedLun) -> BlockDevice:
     return await lun.login(InitiatorPort("iqn.2026-11.test:format", 1))
 
@@ -40,7 +36,7 @@ async def format_lun(
     lun: SimulatedLun, options: FormatOptions = OPTIONS, seed: int = 1
 ) -> Superblock:
     async with await login(lun) as device:
-        return await make_filesystem(device, options, now_ns=5, random=seeded(seed))
+        return await make_filesystem(device, options, now_ns=5, rng=Random(seed))
 
 
 def block_at(blocks: Blocks, address: int) -> bytes:
@@ -111,7 +107,7 @@ async def test_a_formatted_lun() -> None:
     superblock = await format_lun(lun)
     assert superblocks_of(lun.blocks, 70 * MIB) == [superblock, superblock]
     assert_complete(lun.blocks, superblock)
-    assert superblock.volume_id == seeded(1)(16)
+    assert superblock.volume_id == Random(1).randbytes(16)
     assert superblock.device_id == lun.identity.device_id
     assert superblock.serial == lun.identity.serial
     assert superblock.label == "images"
@@ -138,7 +134,7 @@ async def test_whatever_was_there_is_gone() -> None:
         ):
             await device.write(at, magic.ljust(512, b"\0"))
         assert len(await read_signatures(device)) == 4
-        await make_filesystem(device, OPTIONS, now_ns=5, random=seeded(1))
+        await make_filesystem(device, OPTIONS, now_ns=5, rng=Random(1))
         names = {signature.name for signature in await read_signatures(device)}
     assert names == {'csvfs volume "images"', 'csvfs volume "images" (backup superblock)'}
 

@@ -1,0 +1,111 @@
+"""Read and write what lies at fixed places: superblock, view, slot blocks.
+
+All functions raise what the device raises, but for a medium error in a block that has a second
+copy: that copy then counts.
+"""
+
+from __future__ import annotations
+
+from csvfs.format import (
+    BLOCK_BYTES,
+    HEARTBEAT_AREA,
+    MAGIC,
+    MAX_SLOTS,
+    SLOT_AREA,
+    SUPERBLOCK_ADDRESS,
+    UNIT_BYTES,
+    VIEW_ADDRESSES,
+    VIEW_BYTES,
+    BadBlock,
+    BlockType,
+    SlotBlock,
+    Superblock,
+    View,
+    block_type,
+    byte_offset,
+    newest_view,
+)
+from redirector.block.device import BlockDevice, MediumError
+from redirector.block.reservations import Registration
+
+
+class NoVolume(Exception):
+    """Neither the superblock nor its backup is valid: the LUN carries no csvfs volume."""
+
+
+class SuperblocksDestroyed(NoVolume):
+    """The same, but a view of csvfs lies where a view belongs: there was a volume."""
+
+
+async def read_superblock(device: BlockDevice) -> tuple[Superblock, BadBlock | None]:
+    """The superblock, and what is wrong with the first copy if the backup had to be used.
+
+    Raises `NoVolume`.
+    """
+    backup = (device.identity.size_bytes // UNIT_BYTES - 1) * (UNIT_BYTES // BLOCK_BYTES)
+    errors: list[BadBlock] = []
+    for address in (SUPERBLOCK_ADDRESS, max(backup, 0)):
+        try:
+            block = await device.read(byte_offset(address), BLOCK_BYTES)
+            return Superblock.decode(block, address), errors[0] if errors else None
+        except BadBlock as error:
+            errors.append(error)
+        except MediumError as error:
+            reason = f"it cannot be read ({error})"
+            errors.append(BadBlock(address, BlockType.SUPERBLOCK, reason))
+    words = "; ".join(str(error) for error in errors)
+    raise SuperblocksDestroyed(words) if await _has_views(device) else NoVolume(words)
+
+
+async def _has_views(device: BlockDevice) -> bool:
+    """Whether blocks of csvfs lie where the views are. A medium error is no answer."""
+    for address in VIEW_ADDRESSES:
+        try:
+            block = await device.read(byte_offset(address), BLOCK_BYTES)
+        except MediumError:
+            continue
+        if block.startswith(MAGIC) and block_type(block) == BlockType.VIEW:
+            return True
+    return False
+
+
+async def read_view(device: BlockDevice, volume_id: bytes) -> View:
+    """The view. Raises `NoView`."""
+    copies = []
+    for address in VIEW_ADDRESSES:
+        try:
+            copies.append(await device.read(byte_offset(address), VIEW_BYTES))
+        except MediumError:
+            copies.append(bytearray(VIEW_BYTES))
+    return newest_view(copies, volume_id)
+
+
+async def write_view(holder: Registration, view: View, volume_id: bytes) -> None:
+    """Write the next view on the reserving session; stable on return.
+
+    After `OutcomeUnknown` it is not known which view counts, and it is not written again: whoever
+    succeeds reads it.
+    """
+    device = holder.device
+    block = view.encode(volume_id)
+    await holder.ask(lambda: device.write(byte_offset(view.address), block, fua=True))
+    await holder.ask(device.flush)
+
+
+async def read_slot_blocks(device: BlockDevice, superblock: Superblock) -> dict[int, SlotBlock]:
+    """Those slot blocks that are valid."""
+    area = memoryview(await device.read(byte_offset(SLOT_AREA), MAX_SLOTS * BLOCK_BYTES))
+    found = {}
+    for slot in range(superblock.geometry.slots):
+        block = area[slot * BLOCK_BYTES : (slot + 1) * BLOCK_BYTES]
+        address = superblock.geometry.slot_block(slot)
+        try:
+            found[slot], _ = SlotBlock.decode(block, address, superblock.volume_id, slot)
+        except BadBlock:
+            continue
+    return found
+
+
+async def read_heartbeats(device: BlockDevice) -> bytes:
+    """All heartbeat blocks as they are, to see whether one changes."""
+    return bytes(await device.read(byte_offset(HEARTBEAT_AREA), MAX_SLOTS * BLOCK_BYTES))
