@@ -162,7 +162,7 @@ def test_sizes_for_people(size: int, text: str) -> None:
 
 def test_options_of_mount_8() -> None:
     assert parse_options("") == MountOptions()
-    assert parse_options("rw,_netdev,nofail,x-systemd.automount,dev,suid,noexec") == MountOptions(
+    assert parse_options("rw,_netdev,nofail,x-y.z,allow_dev,allow_suid,noexec") == MountOptions(
         kernel=("rw", "dev", "suid", "noexec")
     )
     assert parse_options("node=h1,initiator=iqn.2026-11.x:y,ro") == MountOptions(

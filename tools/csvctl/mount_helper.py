@@ -3,8 +3,10 @@
     iscsi://10.0.0.5/iqn.2026-11.org.example:vms/1  /srv/vms  csvfs  _netdev  0 0
 
 Called as ``mount.csvfs SOURCE DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`` (mount(8),
-"external helpers"). Options of csvfs are ``node=NAME`` and ``initiator=IQN``; those of mount(8)
-are handed on or, where they are for mount(8) alone, passed over. Any other is refused.
+"external helpers"). Options of csvfs are ``node=NAME``, ``initiator=IQN``, ``allow_dev`` and
+``allow_suid``; those of mount(8) are handed on or, where they are for mount(8) alone, passed over.
+Any other is refused. (mount(8) does not tell its helpers of ``dev`` and ``suid``, which it takes
+for granted: so a mount is nodev and nosuid unless asked for in words of our own.)
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ _FOR_THE_KERNEL: Final = frozenset(
         "nodiratime",
     }
 )
+_ALLOWED: Final = {"allow_dev": "dev", "allow_suid": "suid"}
 _PASSED_OVER: Final = frozenset(
     {
         "defaults",
@@ -79,6 +82,8 @@ def parse_options(text: str) -> MountOptions:
         name, _, value = option.partition("=")
         if option in _FOR_THE_KERNEL:
             kernel.append(option)
+        elif option in _ALLOWED:
+            kernel.append(_ALLOWED[option])
         elif name in named and value:
             named[name] = value
         elif option == "remount":
