@@ -29,8 +29,9 @@ class RefuseOther(Refusal):
     def words(self) -> str:
         where = f" ({', '.join(self.addresses)})" if self.addresses else ""
         return (
-            f"{self.node_name}{where} has the volume in slot {self.slot}; unmount it there first, or"
-            " if that host died, mount and unmount it there once, so that its journal is replayed"
+            f"{self.node_name}{where} has the volume in slot {self.slot}; unmount it there first,"
+            " or if that host died, mount and unmount it there once, so that its journal is"
+            " replayed"
         )
 
 
