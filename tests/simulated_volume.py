@@ -42,6 +42,7 @@ async def mounted(
     incarnation: int = 1,
     options: VolumeOptions | None = None,
     settings: Settings | None = None,
+    recover: bool = True,
 ) -> AsyncIterator[tuple[Volume, LockManager]]:
     """The volume, in a slot that was used before if this is not the first incarnation."""
     used = incarnation > 1
@@ -53,7 +54,7 @@ async def mounted(
         open_lock_manager(settings=settings) as locks,
         open_volume(device, superblock, SLOT, incarnation, start, locks, options=options) as volume,
     ):
-        if used:
+        if used and recover:
             await volume.recover(SLOT)
         yield volume, locks
 
