@@ -229,7 +229,7 @@ class User:
         return "create"
 
     async def do_mkdir(self) -> str:
-        if len(self.folders()) > 6:
+        if len(self.folders()) > 8:
             return ""
         folder, name = self.free_place()
         uid = self.new_uid()
@@ -305,17 +305,20 @@ class User:
         return f"rename of a directory{where}" if isinstance(moved, Folder) else f"rename{where}"
 
     async def do_replace_directory(self) -> str:
-        source, target = self.place(Folder), self.place(Folder)
-        if source is None or target is None:
+        empty = [(f, n) for f, n in self.places(Folder) if not f.names[n].names]
+        source = self.place(Folder)
+        if source is None or not empty:
             return ""
-        (old, name), (new, new_name) = source, target
+        (old, name), (new, new_name) = source, self.rng.choice(empty)
         moved, victim = old.names[name], new.names[new_name]
-        if victim.names or moved is victim or new in folders_below(moved):
+        if moved is victim or new in folders_below(moved):
             return ""
         await self.volume.rename(old.ino, name, new.ino, new_name)
         del old.names[name]
         new.names[new_name] = moved
         return "rename over a directory"
+
+    do_replace_directory_again = do_replace_directory
 
     async def do_replace(self) -> str:
         source, target = self.place(File), self.place(File)
