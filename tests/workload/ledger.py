@@ -73,6 +73,8 @@ def main(log_path: str, database: str, count: str) -> int:
     with Path(log_path).open("a", buffering=1) as log:
         try:
             connection = sqlite3.connect(database, timeout=60, isolation_level=None)
+            # FULL does not sync the directory after the journal is unlinked, which is the commit.
+            connection.execute("PRAGMA synchronous=EXTRA")
             while made < limit or not limit:
                 number = f"{name}-{made}"
                 transfer(connection, number, chooser)

@@ -1,0 +1,128 @@
+"""A volume that real programs fill to the brim: ENOSPC, nothing damaged, and the way back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mounts import Host, Mount
+from tests.tgt import Tgt, wait_until
+from tests.workload import ledger
+
+pytestmark = pytest.mark.system
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def small() -> Iterator[Mount]:
+    """A mounted volume of 128 MiB, which must be clean in the end."""
+    with Tgt(lun_bytes=128 * MIB) as tgt, Host() as host:
+        host.format(tgt.url, "--slots", "2")
+        with host.mounted(tgt.url) as found:
+            yield found
+        assert "the volume is clean" in host.csvctl("check", tgt.url).stdout
+
+
+def free_bytes(mnt: Mount) -> int:
+    found = os.statvfs(mnt.path)
+    return found.f_bavail * found.f_frsize
+
+
+def program(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in argv], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def fill(mnt: Mount, name: str) -> Path:
+    """Let dd write until there is no more space."""
+    path = mnt.path / name
+    done = program("dd", "if=/dev/urandom", f"of={path}", "bs=1M", "conv=fsync")
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    return path
+
+
+def test_programs_fill_a_volume(small: Mount) -> None:
+    empty = free_bytes(small)
+    kept = small.path / "kept"
+    shutil.copytree(Path(__file__).parents[1] / "unit", kept)
+    ledger.create(small.path / "ledger.db", "delete")
+    before = digests(kept)
+    big = fill(small, "big")
+    assert free_bytes(small) < MIB
+
+    # Small things: names fit as long as metadata units have blocks, data has no place.
+    refused = program("cp", "-r", kept, small.path / "copy")
+    assert refused.returncode == 1
+    assert "No space left on device" in refused.stderr
+    shutil.rmtree(small.path / "copy", ignore_errors=True)
+    fill(small, "kept/more")
+    (kept / "more").unlink()
+
+    # What is there already can be read, overwritten, renamed, and removed.
+    size = big.stat().st_size
+    with big.open("r+b", buffering=0) as file:
+        file.write(b"overwritten")
+        os.fsync(file.fileno())
+    big.rename(small.path / "renamed")
+    small.umount()
+    small.remount()
+    assert digests(kept) == before
+    assert ledger.audit(small.path / "ledger.db", []) == []
+    renamed = small.path / "renamed"
+    assert renamed.stat().st_size == size
+    assert renamed.read_bytes()[:11] == b"overwritten"
+    os.truncate(renamed, size // 2)
+    wait_until(lambda: free_bytes(small) >= size // 3, "half of the space to come back")
+    shutil.copytree(kept, small.path / "copy")
+    assert digests(small.path / "copy") == before
+    for name in os.listdir(small.path):
+        path = small.path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    wait_until(lambda: free_bytes(small) >= empty - MIB, "all of the space to come back")
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.full)])
+def test_sigkill_of_a_full_volume(rounds: int, small: Mount) -> None:
+    """Killed while it is full and everything in it is being removed: all of it can be written."""
+    small.host.expect("the mount was dead and is detached: .* killed by SIGKILL")
+    for number in range(rounds):
+        fill(small, "big")
+        tree = small.path / "tree"
+        tree.mkdir(exist_ok=True)
+        subprocess.run(
+            ["sh", "-c", "n=0; while : > $0/$n; do n=$((n+1)); done", str(tree)],
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        remover = subprocess.Popen(
+            ["rm", "-rf", str(small.path / "big"), str(tree)], stderr=subprocess.DEVNULL
+        )
+        wait_until(
+            lambda tree=tree, number=number: len(os.listdir(tree)) % 97 == number,  # type: ignore[misc]
+            "the removal to have begun",
+        )
+        small.kill()
+        remover.wait(60)
+        small.remount()
+        shutil.rmtree(tree)
+        (small.path / "big").unlink(missing_ok=True)
+        big = fill(small, "big")
+        assert big.stat().st_size > 80 * MIB
+        big.unlink()
