@@ -35,6 +35,7 @@ from redirector.block.reservations import (
     TakeoverLost,
     TargetRestarted,
     drain,
+    patiently,
 )
 from redirector.recovery import Do, Kind, Recovery, Step
 from redirector.retained import RetainedWrites
@@ -270,23 +271,26 @@ class Keeper:
                 assert step.kind is not None
                 await self._open(step.kind)
             case Do.TAKE:
-                await self._take(self._registration(Kind.CONTROL))
+                await self._take(self._registration(Kind.CONTROL), step)
             case Do.PREEMPT:
                 await self._registration(Kind.CONTROL).preempt(step.key)
                 self.recovery.preempted(step.key)
             case Do.DRAIN:
-                await drain(self.lun, self._registration(Kind.CONTROL), resets=1)
-                self.recovery.drained()
+                control = self._registration(Kind.CONTROL)
+                await drain(self.lun, control, resets=1)
+                self.recovery.drained(step, (await control.ask(control.device.read_keys)).keys)
             case Do.VIEW:
                 assert step.kind is not None
                 await self._read_view(step.kind)
+                self.recovery.saw_view(step)
             case Do.REISSUE:
                 await self._write_again(self._registration(Kind.DATA))
-                self.recovery.reissued()
+                self.recovery.reissued(step)
             case Do.ANNOUNCE:
-                control, data = self._registration(Kind.CONTROL), self._registration(Kind.DATA)
-                await self._membership.moved(control, data)
-                self.recovery.told()
+                await self._membership.moved(
+                    self._registration(Kind.CONTROL), self._registration(Kind.DATA)
+                )
+                self.recovery.told(step)
             case Do.DONE:
                 raise AssertionError("there is nothing to do")
 
@@ -298,6 +302,8 @@ class Keeper:
         device = await self.lun.login(self._ports[kind], timeout_s=LOGIN_TIMEOUT_S)
         try:
             self._expect_same_lun(device.identity)
+            if self.recovery.misses_keys((await patiently(device.read_keys)).keys):
+                self._target_restarted(PathClosed("the target has restarted: it lost our keys"))
             former_keys = tuple(reversed(self.recovery.unfenced))
             self.recovery.registering()
             registration = await Registration.register(device, path.pack(), former_keys=former_keys)
@@ -316,11 +322,12 @@ class Keeper:
         if found.size_bytes < known.size_bytes:
             raise LoginFailed(f"{self.lun.url} has shrunk to {found.size_bytes} bytes")
 
-    async def _take(self, control: Registration) -> None:
+    async def _take(self, control: Registration, step: Step) -> None:
         holder_key = await control.holder()
         if not holder_key:
+            # Noted before RESERVE: if its answer is lost, the next session finds an own key.
+            self._target_restarted(PathClosed("the target has restarted: nobody holds"))
             await control.reserve()
-            self._target_restarted(PathClosed("the target has restarted: nobody held"))
         elif holder_key != control.key:
             if not self.recovery.is_own(holder_key):
                 raise Evicted(
@@ -329,7 +336,7 @@ class Keeper:
                 )
             await control.take(holder_key)
             self.recovery.preempted(holder_key)
-        self.recovery.took()
+        self.recovery.took(step)
 
     async def _read_view(self, kind: Kind) -> None:
         if kind is Kind.DATA:
@@ -342,7 +349,6 @@ class Keeper:
                 f"{self.lun.url}: the volume's member list does not name this host any more. "
                 "Unmount here, and mount again"
             )
-        self.recovery.saw_view(kind)
 
     async def _write_again(self, data: Registration) -> None:
         if self._retained is None or not len(self._retained):

@@ -3,7 +3,7 @@
 Theory. `DirectPath` is a `BlockIO` that survives the loss of sessions. A healthy command goes
 straight to the data session. A command that failed is either passed up (medium error, thin array
 full, what the target does not know), or issued again when REDIRECTION.md says that this is safe;
-until then its caller waits. Newer writes that overlap a write of unknown fate wait for it.
+until then its caller waits. Newer commands that overlap a write of unknown fate wait for it.
 
 Why the order is safe: a session's commands have all ended, and the ranges of those to be issued
 again are noted, before the keeper lets data flow on the next session (`Session.wait_idle`).
@@ -64,7 +64,7 @@ class PathStatus:
 
 
 class _Repeats:
-    """The ranges of writes that are to be issued again; newer ones that overlap wait."""
+    """The ranges of writes that are to be issued again; newer commands that overlap wait."""
 
     def __init__(self) -> None:
         self.ranges: dict[object, tuple[int, int]] = {}
@@ -169,7 +169,7 @@ class DirectPath(BlockIO):
     async def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
         session = self._keeper.flowing
         failure: BlockError | None = None
-        if session is not None:
+        if session is not None and not self._repeated:
             session.in_flight += 1
             try:
                 return await session.device.read_into(offset_bytes, buffer)
@@ -183,7 +183,10 @@ class DirectPath(BlockIO):
         async def again(session: Session) -> None:
             await session.device.read_into(offset_bytes, buffer)
 
-        return await self._repeat(again, session, failure)
+        # A read waits for repeated writes too: if the target lost its power, what an earlier read
+        # has seen of them is there again only afterwards.
+        ranges = [(offset_bytes, memoryview(buffer).nbytes)]
+        return await self._repeat(again, session, failure, ranges, changes=False)
 
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
         session = self._keeper.flowing
@@ -237,10 +240,13 @@ class DirectPath(BlockIO):
         failure: BlockError | None = None,
         ranges: Ranges = (),
         tokens: list[object] | None = None,
+        *,
+        changes: bool = True,
     ) -> None:
         """Issue a command until it was answered, each time after what its failure asks for.
 
-        ``ranges`` is what it changes, ``tokens`` its place in `_Repeats` if it failed already.
+        ``ranges`` is what it reads or changes, ``tokens`` its place in `_Repeats` if it changes
+        them and failed already.
         """
         pauses = iter(_PAUSES_S)
         tokens = tokens or []
@@ -259,7 +265,7 @@ class DirectPath(BlockIO):
                 except BlockError as error:
                     failure = error
                     # Before the session counts as idle: then data may flow on the next one.
-                    tokens = tokens or self._repeats.add(ranges)
+                    tokens = tokens or (self._repeats.add(ranges) if changes else [])
                 finally:
                     session.in_flight -= 1
                     if not session.in_flight:

@@ -8,7 +8,8 @@ in the order that makes the facts safe (REDIRECTION.md has the timelines):
         -> VIEW on each new session -> REISSUE what the target forgot -> ANNOUNCE -> DONE
 
 Nothing is remembered of "where we were": an event in the middle, such as the loss of the session
-that was just opened, changes the facts, and the next step follows from them again.
+that was just opened, changes the facts, and the next step follows from them again. A step that ends
+after such an event has proved nothing, and is ignored (`Step.at`).
 
 invariants (`check`):
   1. a generation is given once; keys of lost sessions stay in ``unfenced`` until preempted
@@ -18,6 +19,7 @@ invariants (`check`):
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -51,6 +53,8 @@ class Step:
     do: Do
     kind: Kind | None = None
     key: int = 0
+    at: int = field(default=0, compare=False)
+    """How many losses there had been when it was decided."""
 
     def __str__(self) -> str:
         return self.do.value + (f" ({self.kind.value} session)" if self.kind else "")
@@ -70,8 +74,12 @@ class Recovery:
     viewed: set[Kind] = field(default_factory=set)
     restarted: bool = False
     """The target forgot its registrations, and perhaps what was not flushed."""
+    losses: int = 0
+    """Counts what makes the end of an earlier step worthless: it may have happened in between."""
     announced: bool = True
     """The owner of the view knows these sessions."""
+    _were_live: set[int] = field(default_factory=set)
+    """Keys that were certainly registered once, and not preempted since."""
     _spare: PathKey | None = None
     """A generation that was given but whose REGISTER was never sent."""
 
@@ -87,29 +95,34 @@ class Recovery:
             live={Kind.CONTROL: control_key, Kind.DATA: data_key},
             holding=True,
             viewed=set(Kind),
+            _were_live={control_key, data_key},
         )
 
     # -- deciding ----------------------------------------------------------------------------
     def next_step(self) -> Step:
         """What to do now; the same until an event changes a fact."""
+        do, kind, key = self._next()
+        return Step(do, kind, key, self.losses)
+
+    def _next(self) -> tuple[Do, Kind | None, int]:
         if Kind.CONTROL not in self.live:
-            return Step(Do.OPEN, Kind.CONTROL)
+            return Do.OPEN, Kind.CONTROL, 0
         if not self.holding:
-            return Step(Do.TAKE, Kind.CONTROL)
+            return Do.TAKE, Kind.CONTROL, 0
         if Kind.DATA not in self.live:
-            return Step(Do.OPEN, Kind.DATA)
+            return Do.OPEN, Kind.DATA, 0
         if self.unfenced:
-            return Step(Do.PREEMPT, Kind.CONTROL, self.unfenced[0])
+            return Do.PREEMPT, Kind.CONTROL, self.unfenced[0]
         if self.undrained:
-            return Step(Do.DRAIN, Kind.CONTROL)
+            return Do.DRAIN, Kind.CONTROL, 0
         for kind in Kind:
             if kind not in self.viewed:
-                return Step(Do.VIEW, kind)
+                return Do.VIEW, kind, 0
         if self.restarted:
-            return Step(Do.REISSUE, Kind.DATA)
+            return Do.REISSUE, Kind.DATA, 0
         if not self.announced:
-            return Step(Do.ANNOUNCE, Kind.CONTROL)
-        return Step(Do.DONE)
+            return Do.ANNOUNCE, Kind.CONTROL, 0
+        return Do.DONE, None, 0
 
     @property
     def data_flows(self) -> bool:
@@ -123,6 +136,13 @@ class Recovery:
         """Whether a key is of this incarnation."""
         path = PathKey.parse(key)
         return path is not None and path.is_of(self.newest.slot, self.newest.incarnation)
+
+    def misses_keys(self, keys: Container[int]) -> bool:
+        """READ KEYS, before a session is registered, lacks a key of a lost session that nobody here
+        preempted: the target forgot. (Or somebody else preempted it: then the view decides, and
+        repeating writes does no harm.)
+        """
+        return any(key not in keys for key in self.unfenced if key in self._were_live)
 
     # -- events ------------------------------------------------------------------------------
     def take_generation(self) -> PathKey:
@@ -141,6 +161,7 @@ class Recovery:
         """That session is registered."""
         self.unfenced.remove(key)
         self.live[kind] = key
+        self._were_live.add(key)
         self.viewed.discard(kind)
         self.announced = False
 
@@ -149,26 +170,30 @@ class Recovery:
         key = self.live.pop(kind, None)
         if key is None:
             return
+        self.losses += 1
         self.unfenced.append(key)
         self.undrained = True
         self.viewed.discard(kind)
         if kind is Kind.CONTROL:
             self.holding = False
 
-    def took(self) -> None:
+    def took(self, step: Step) -> None:
         """The control session holds now."""
-        self.holding = True
-        self.announced = False
+        if step.at == self.losses:
+            self.holding = True
+            self.announced = False
 
     def forgot(self) -> None:
         """The target lost its registrations. Both sessions are to be given up before: what a view
         read before said counts no more, and nothing old may be on its way when writes are repeated.
         """
+        self.losses += 1
         self.restarted = True
         self.viewed.clear()
 
     def preempted(self, key: int) -> None:
         """That key is registered no more."""
+        self._were_live.discard(key)
         if key in self.unfenced:
             self.unfenced.remove(key)
 
@@ -176,21 +201,30 @@ class Recovery:
         """A stranger's RESERVE(6) is in the way: a reset releases it."""
         self.undrained = True
 
-    def drained(self) -> None:
-        """A reset was answered that had been issued when ``unfenced`` was empty."""
-        self.undrained = False
+    def drained(self, step: Step, keys: Iterable[int]) -> None:
+        """The reset was answered; ``keys`` are those registered since. An own one among them, of no
+        live session, comes from a REGISTER that was on its way when its session was lost: nothing
+        else was sent there, but it has to go.
+        """
+        if step.at == self.losses:
+            self.undrained = False
+            own = {key for key in keys if self.is_own(key)}
+            self.unfenced += sorted(own - set(self.live.values()))
 
-    def saw_view(self, kind: Kind) -> None:
+    def saw_view(self, step: Step) -> None:
         """The view, read on that session, lists us."""
-        self.viewed.add(kind)
+        if step.at == self.losses and step.kind is not None:
+            self.viewed.add(step.kind)
 
-    def reissued(self) -> None:
+    def reissued(self, step: Step) -> None:
         """What the target had forgotten is stable."""
-        self.restarted = False
+        if step.at == self.losses:
+            self.restarted = False
 
-    def told(self) -> None:
+    def told(self, step: Step) -> None:
         """The owner of the view knows the sessions."""
-        self.announced = True
+        if step.at == self.losses:
+            self.announced = True
 
     def check(self) -> None:
         """Assert the invariants."""

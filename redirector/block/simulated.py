@@ -197,12 +197,13 @@ class SimulatedDevice(BlockDevice):
         for hold in lun.holds:
             if hold.takes(command):
                 return await self.parked(command)
-        answer = lun.land(command)
+        command.answer = lun.land(command)
         if lun.yields:
             await trio.lowlevel.cancel_shielded_checkpoint()
         if self._lost.is_set():
             raise self._unknown(command.op)
-        return answer
+        lun.deliver(command)
+        return command.answer
 
     async def parked(self, command: Command) -> object:
         command.ended = trio.Event()
@@ -263,17 +264,14 @@ class SimulatedDevice(BlockDevice):
 
     async def _write_like(self, command: Command, data: bytes | None) -> None:
         command.land = lambda: self.lun.write_landed(command, data)
-        index = await self._command(command)
-        assert isinstance(index, int)
-        self.lun.answered(index)
+        await self._command(command)
 
     async def flush(self) -> None:
-        journal = self.lun.journal
-        number = journal.flush_begun() if self.lun.crashed_after is None else 0
         command = Command(self.nexus, self.port, Op.SYNCHRONIZE_CACHE, _nothing)
+        # It covers what was answered before it came, however long it is on its way.
+        number = self.lun.journal.flush_begun() if self.lun.crashed_after is None else 0
+        command.land = lambda: number
         await self._command(command)
-        if self.lun.crashed_after is None and self.lun.journal is journal:
-            journal.flush_ended(number)
 
     # -- persistent reservations -------------------------------------------------------------------
     async def _reserve(self, op: Op, action: Callable[[], object]) -> object:

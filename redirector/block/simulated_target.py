@@ -157,7 +157,8 @@ class SimulatedTarget:
         """
         for device in list(self.sessions.values()):
             self.close_session(device)
-        self.parked.clear()
+        for command in list(self.parked):
+            self.forget_parked(command)
         self._unanswered.clear()
         self.arbiter.forget()
         if power_lost:
@@ -217,11 +218,15 @@ class SimulatedTarget:
         return answer
 
     def land_parked(self, command: Command) -> None:
+        """Let a parked command take effect, and be answered if its session is still there."""
         self.forget_parked(command)
         try:
             command.answer = self.land(command)
         except BlockError as error:
             command.error = error
+        else:
+            if command.nexus in self.sessions:
+                self.deliver(command)
         self.end(command)
 
     def forget_parked(self, command: Command) -> None:
@@ -262,10 +267,15 @@ class SimulatedTarget:
         self._unanswered.add(index)
         return index
 
-    def answered(self, index: int) -> None:
-        if index in self._unanswered:
-            self._unanswered.discard(index)
-            self.journal.answered(index)
+    def deliver(self, command: Command) -> None:
+        """The initiator gets the answer: only now FUA binds, and a flush covers what it covers."""
+        if command.op is Op.SYNCHRONIZE_CACHE:
+            assert isinstance(command.answer, int)
+            self.journal.flush_ended(command.answer)
+        elif command.answer in self._unanswered:
+            assert isinstance(command.answer, int)
+            self._unanswered.discard(command.answer)
+            self.journal.answered(command.answer)
 
     def _check_space(self, command: Command) -> None:
         if self.space_exhausted and not is_allocated(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock
 
 from redirector.block.arbiter import ArbiterHabits, Op
 from redirector.block.device import (
@@ -192,7 +192,7 @@ async def test_late_writes_never_land_on_top_of_newer_ones(autojump_clock: MockC
         assert await path.read(0, BLOCK) == block(b"n")
 
 
-async def test_newer_overlapping_writes_wait_for_a_repeated_one(
+async def test_newer_overlapping_commands_wait_for_a_repeated_one(
     autojump_clock: MockClock,
 ) -> None:
     lun = SimulatedLun(SIZE)
@@ -207,8 +207,11 @@ async def test_newer_overlapping_writes_wait_for_a_repeated_one(
             nursery.start_soon(path.write, BLOCK, block(b"n"))
             nursery.start_soon(path.unmap, [(0, BLOCK)])
             await path.write(2 * BLOCK, block(b"f"))  # elsewhere: goes at once
-            await wait_all_tasks_blocked()
-            assert await path.read(BLOCK, BLOCK) == block(b"r")  # landed by the drain
+            assert await path.read(2 * BLOCK, BLOCK) == block(b"f")
+            with trio.move_on_after(5) as scope:
+                await path.read(0, BLOCK)
+            assert scope.cancelled_caught, "a read waits too"
+            assert lun.blocks[1] == block(b"r"), "landed by the drain"
             first.lift()
         assert await path.read(BLOCK, BLOCK) == block(b"n")
 
