@@ -14,7 +14,7 @@ A round
     4. clear the bits and remove the items, in order of address: one group after the other
 
 In the background step 2 waits for the commit that comes by itself. When space has run out, or the
-volume is left, it asks for one (`drain`).
+volume is left (`drain`), it asks for one.
 
 An item that cannot be carried out (its inode's tree is damaged, the map contradicts it) is logged
 and passed over until the next mount; `csvctl check` deals with it.
@@ -76,6 +76,10 @@ class Reclaimer:
         identity = device.identity
         self._unmap = unmap and identity.unmap_granularity_bytes > 0
         self._turn = trio.Lock()
+        self._hurried = 0
+        """Who waits for a round to end."""
+        self._patience = trio.CancelScope()
+        """Cancelled when somebody begins to wait."""
         self._passed_over: set[Item] = set()
         self.units_freed = 0
         self.blocks_freed = 0
@@ -85,7 +89,7 @@ class Reclaimer:
         try:
             while True:
                 await self._engine.scope.reclaim.wait()
-                await self._empty(self._engine.scope.slot, hurry=False)
+                await self._empty(self._engine.scope.slot)
         except VolumeFailed:
             return  # whoever uses the volume is told
         except Damaged as error:
@@ -97,11 +101,15 @@ class Reclaimer:
         Raises `Damaged`, `VolumeFailed`.
         """
         before = self.units_freed + self.blocks_freed
-        await self._engine.store.commit()  # a round under way needs to wait no longer
-        await self._empty(self._engine.scope.slot if slot is None else slot, hurry=True)
+        self._hurried += 1
+        self._patience.cancel()
+        try:
+            await self._empty(self._engine.scope.slot if slot is None else slot)
+        finally:
+            self._hurried -= 1
         return self.units_freed + self.blocks_freed > before
 
-    async def _empty(self, slot: int, *, hurry: bool) -> None:
+    async def _empty(self, slot: int) -> None:
         async with self._turn:
             position = 0
             while items := await self._items(slot, position):
@@ -114,7 +122,7 @@ class Reclaimer:
                 position = items[-1].address + 1
                 freeable = [item for item in items if item.kind in _FREEABLE]
                 if freeable:
-                    await self._free(slot, freeable, hurry)
+                    await self._free(slot, freeable)
 
     async def _items(self, slot: int, first: int) -> list[Item]:
         """Some items from address ``first`` on, without those that were passed over."""
@@ -147,9 +155,13 @@ class Reclaimer:
                 pass
 
     # -- units and blocks ----------------------------------------------------------------------
-    async def _free(self, slot: int, items: list[Item], hurry: bool) -> None:
+    async def _free(self, slot: int, items: list[Item]) -> None:
         store = self._engine.store
-        await (store.commit() if hurry else store.wait_stable())
+        if not self._hurried:
+            with trio.CancelScope() as self._patience:
+                await store.wait_stable()
+        if self._hurried:
+            await store.commit()
         await store.settle()
         await self._discard(items)
         left = items
