@@ -14,6 +14,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
@@ -79,12 +80,13 @@ class ChangeScope:
 class Change:
     """What one body does to the volume. Use within the body only."""
 
-    __slots__ = ("_inodes", "now_ns", "scope", "tx")
+    __slots__ = ("_buried", "_inodes", "now_ns", "scope", "tx")
 
     def __init__(self, tx: Transaction, scope: ChangeScope) -> None:
         self.tx: Final = tx
         self.scope = scope
         self._inodes: dict[int, _Edited] = {}
+        self._buried: list[int] = []
         self.now_ns = scope.clock()
 
     # -- inodes ----------------------------------------------------------------------------
@@ -134,6 +136,8 @@ class Change:
             inode.change += 1
             inode.pack_into(self.tx.edit(ino, BlockType.INODE, ino))
             table.merged(self.tx, inode, data=edited.data)
+        for ino in self._buried:
+            self.tx.after_merge(partial(table.bury, ino))
 
     # -- trees and blocks of an inode --------------------------------------------------------
     def entries(self, directory: Inode) -> TreeEditor:
@@ -216,8 +220,7 @@ class Change:
         """Nobody can reach the inode any more: what it owns is to be reclaimed."""
         assert inode.nlink == 0
         self._reclaim(inode.ino, ReclaimKind.INODE, 1)
-        table = self.scope.table
-        self.tx.after_merge(lambda: table.bury(inode.ino))
+        self._buried.append(inode.ino)
 
     def free_inode(self, inode: Inode, slot: int | None = None) -> None:
         """The last thing that a dead inode owned is gone: its own block goes too."""
@@ -228,8 +231,7 @@ class Change:
             )
         self.tx.free(inode.ino)
         self.reclaim_list(slot).replace(inode.ino, _reclaim_value(ReclaimKind.BLOCK, 1))
-        table = self.scope.table
-        self.tx.after_merge(lambda: table.bury(inode.ino))
+        self._buried.append(inode.ino)
 
     # -- the slot's lists ----------------------------------------------------------------------
     def add_orphan(self, inode: Inode, kind: OrphanKind) -> None:
