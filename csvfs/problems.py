@@ -62,12 +62,21 @@ class Problem(Exception):
 
 def _sorted_kinds() -> list[tuple[type, Kind]]:
     # Late: whoever only needs the words (csvctl --help, the supervisor) loads nothing else.
-    from csvfs import claim, claim_refusals, errors, fixed_area, mountpoint, newcomer
+    from csvfs import (
+        claim,
+        claim_refusals,
+        errors,
+        fixed_area,
+        mkfs_claim,
+        mountpoint,
+        newcomer,
+    )
     from csvfs.format_block import BadBlock
     from csvfs.format_geometry import BadGeometry
     from csvfs.format_view import NoView
     from csvfs.replay import JournalDamaged
     from redirector.block import device
+    from redirector.block.probe import ProbeFailed
 
     return [
         (device.BadUrl, Kind.BAD_URL),
@@ -76,6 +85,7 @@ def _sorted_kinds() -> list[tuple[type, Kind]]:
         (device.LoginFailed, Kind.UNREACHABLE),
         (device.MediumError, Kind.MEDIUM_ERROR),
         (device.SpaceExhausted, Kind.LUN_FULL),
+        (ProbeFailed, Kind.LUN_REFUSED),
         (device.TargetRefused, Kind.LUN_REFUSED),
         (device.BlockError, Kind.LUN_LOST),
         (claim_refusals.RefuseOther, Kind.OTHER_HOST),
@@ -88,6 +98,9 @@ def _sorted_kinds() -> list[tuple[type, Kind]]:
         (claim.ClaimFailed, Kind.LUN_REFUSED),
         (claim.LeaveIncomplete, Kind.LUN_LOST),
         (newcomer.ForeignReservation, Kind.FOREIGN_KEY),
+        (mkfs_claim.LunOccupied, Kind.OCCUPIED_LUN),
+        (mkfs_claim.KeysInTheWay, Kind.FOREIGN_KEY),
+        (mkfs_claim.UnfitTarget, Kind.NO_ARBITER),
         (fixed_area.SuperblocksDestroyed, Kind.SUPERBLOCK_DESTROYED),
         (fixed_area.NoVolume, Kind.NOT_CSVFS),
         (NoView, Kind.DAMAGED),

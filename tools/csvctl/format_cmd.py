@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from csvctl import console
 from csvctl.lun_argument import LunArgument, read_lun
 from csvctl.sizes import parse_key, parse_size
+from csvfs.problems import Kind, Problem
+
+if TYPE_CHECKING:
+    from csvfs.format import Superblock
+    from csvfs.mkfs import FormatOptions
+    from redirector.block.device import LunIdentity
+    from redirector.block.probe_result import ProbeResult
 
 
 def format_lun(
@@ -27,45 +34,83 @@ def format_lun(
         ),
     ] = False,
     preempt_key: Annotated[
-        str,
-        typer.Option(metavar="KEY", help="Remove this key, whose owner is gone for good."),
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Remove this key, whose owner is gone for good. May be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Make an empty csvfs volume of LUN. What was on it is lost.
 
     Refuses a LUN that carries anything (a partition table, a filesystem, LVM, VMFS, csvfs), or at
-    which somebody is registered. Probes the target first.
+    which somebody is registered. Probes the target first, and refuses one that cannot keep hosts
+    apart.
 
     Example: csvctl format iscsi://10.0.0.5/iqn.2026-11.org.example:vms/1 --label vms
     """
     journal_bytes = parse_size(journal_size) if journal_size else None
-    key = parse_key(preempt_key) if preempt_key else None
+    keys = frozenset(parse_key(each) for each in preempt_key or ())
     argument = read_lun(lun)
+    from csvfs.mkfs import FormatOptions
+
+    options = FormatOptions(label=label, slots=slots, journal_bytes=journal_bytes)
     import trio
 
-    trio.run(_format, argument, label, slots, journal_bytes, force, key)
+    superblock = trio.run(_format, argument, options, force, keys)
+    geometry = superblock.geometry
+    console.facts(
+        [
+            ("volume", f"{superblock.label} ({superblock.volume_id.hex()})"),
+            ("hosts", f"{geometry.slots}, each with a journal of {_journal_text(superblock)}"),
+        ]
+    )
 
 
 async def _format(
-    lun: LunArgument,
-    label: str,
-    slots: int,
-    journal_bytes: int | None,
-    force: bool,
-    preempt_key: int | None,
-) -> None:
-    from random import SystemRandom
-
+    lun: LunArgument, options: FormatOptions, force: bool, preempt_keys: frozenset[int]
+) -> Superblock:
     from csvfs import places
-    from csvfs.mkfs import FormatOptions, make_filesystem
-    from redirector.block.keys import choose_port
+    from csvfs.mkfs_claim import Formatter
 
-    device = await lun.open().login(choose_port(places.initiator_name(), SystemRandom()))
     with console.progress_bar("formatting") as progress:
-        await make_filesystem(
-            device,
-            FormatOptions(label=label, slots=slots, journal_bytes=journal_bytes),
+        formatter = Formatter(
+            lun.open(),
+            places.initiator_name(),
+            options,
+            force=force,
+            preempt_keys=preempt_keys,
             now_ns=time.time_ns(),
+            show=_show_lun,
+            report=_show_probe,
             progress=progress,
         )
-    await device.aclose()
+        try:
+            return await formatter.run()
+        except ValueError as error:
+            from csvfs.format import BadGeometry
+
+            if isinstance(error, BadGeometry):
+                raise
+            raise Problem(Kind.USAGE, str(error)) from None
+
+
+def _show_lun(identity: LunIdentity) -> None:
+    """Whose LUN it is, before anything is changed."""
+    console.facts(
+        [
+            ("LUN", f"{identity.vendor} {identity.product}".strip() or "unknown"),
+            ("serial", identity.serial or "none"),
+            ("size", console.size_text(identity.size_bytes)),
+        ]
+    )
+
+
+def _show_probe(result: ProbeResult) -> None:
+    """What the target does not do, though csvfs could use it."""
+    for finding in result.findings:
+        if not finding.passed and not finding.needed:
+            console.note(f"note: {finding.name}: {finding.meaning}")
+
+
+def _journal_text(superblock: Superblock) -> str:
+    return console.size_text(superblock.geometry.journal_units << 16)
