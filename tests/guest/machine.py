@@ -126,4 +126,6 @@ class Machine:
         trace: TracebackType | None,
     ) -> None:
         self.kill()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._log.close()
