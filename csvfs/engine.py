@@ -23,7 +23,7 @@ from csvfs.change import Change, ChangeScope
 from csvfs.errors import Damaged, FilesystemError, NoSpace, NotFound, StaleInode, VolumeFailed
 from csvfs.format_block import BadBlock, BlockType
 from csvfs.format_geometry import ROOT_INODE
-from csvfs.inode import Inode
+from csvfs.inode import Attributes, Inode, attributes_of
 from csvfs.inode_table import InodeState
 from csvfs.store import Store
 from csvfs.transaction import MAX_TX_BLOCKS, BlockKey, BlockReader, Transaction
@@ -111,23 +111,31 @@ class Engine:
         """The inode's lock in EX, not shared: nobody else reads, writes or looks."""
         return Held(self, ino, Mode.EX, False, generation)
 
-    @asynccontextmanager
-    async def looking_at_all(
-        self, wanted: Mapping[int, int]
-    ) -> AsyncIterator[dict[int, InodeState]]:
-        """The locks of many inodes (number: generation) in PR, and their states."""
+    async def attributes_of_all(self, wanted: Mapping[int, int]) -> dict[int, Attributes]:
+        """What stat(2) tells of many inodes (number: generation), each at a moment of its own.
+
+        Those whose locks are to be had at once are read together; the others are waited for one
+        by one, with none in hand: a file may have names in several directories, so there is no
+        order in which to hold a directory's children.
+        """
+        found: dict[int, Attributes] = {}
         with ExitStack() as held:
+            at_once = []
             for ino in sorted(wanted):
-                resource = self.resources.inode(ino)
-                lock = self.locks.try_acquire(resource, Mode.PR)
-                if lock is None:
-                    lock = await self.locks.acquire(resource, Mode.PR)
-                held.enter_context(lock)
-            absent = [ino for ino in wanted if self.table.state(ino).inode is None]
+                lock = self.locks.try_acquire(self.resources.inode(ino), Mode.PR)
+                if lock is not None:
+                    held.enter_context(lock)
+                    at_once.append(ino)
+            absent = [ino for ino in at_once if self.table.state(ino).inode is None]
             await self.look(
                 lambda reader: reader.require(BlockKey(i, BlockType.INODE, i) for i in absent)
             )
-            yield {ino: await self.load(ino, generation) for ino, generation in wanted.items()}
+            for ino in at_once:
+                found[ino] = attributes_of((await self.load(ino, wanted[ino])).fields())
+        for ino in sorted(wanted.keys() - found.keys()):
+            async with self.looking(ino, wanted[ino]) as state:
+                found[ino] = attributes_of(state.fields())
+        return found
 
     @asynccontextmanager
     async def last_user(self, state: InodeState) -> AsyncIterator[bool]:
@@ -148,12 +156,15 @@ class Engine:
     def note_access(self, state: InodeState) -> None:
         """The inode, locked here, was read: atime, as mount(8) says of relatime.
 
-        Only while this node may write the inode anyway: nobody waits for a lock because of it.
+        Only while this node may write the inode anyway, and will: nobody waits for a lock because
+        of it, and what is lowered to PR, while reads go on, was written back for the last time.
         """
         inode, now_ns = state.fields(), self.scope.clock()
         if (
-            inode.mtime_ns < inode.atime_ns > inode.ctime_ns and now_ns - inode.atime_ns < DAY_NS
-        ) or not self.locks.node_holds(state.resource, Mode.EX):
+            (inode.mtime_ns < inode.atime_ns > inode.ctime_ns and now_ns - inode.atime_ns < DAY_NS)
+            or state.ino in self.table.lowered
+            or not self.locks.node_holds(state.resource, Mode.EX)
+        ):
             return
         inode.atime_ns = now_ns
         state.dirty_times = True
@@ -186,7 +197,9 @@ class Engine:
                 is_metadata = await self.look(lambda reader: groups.is_metadata_block(reader, ino))
             if is_metadata:
                 with suppress(BadBlock):  # metadata of another kind
-                    return await self.store.run(lambda reader: self.table.read(reader, ino))
+                    inode = await self.store.run(lambda reader: self.table.read(reader, ino))
+                    if inode.nlink:
+                        return inode
         raise NotFound(f"there is no inode {ino}")
 
     # -- bodies ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ invariants:
   2. a dirty inode's lock is held EX by the node, and ``inode`` is newer than its block
   3. ``orphan`` inodes have ``nlink`` 0 and an OPEN entry in this slot's orphan list
   4. a state with lookups, handles, dirt or unstable changes is never dropped
+  5. nothing makes an inode dirty while its lock is being lowered, to PR either: reads go on then
 """
 
 from __future__ import annotations
@@ -131,6 +132,9 @@ class InodeTable:
         self._budget = MapBudget()
         self._states: dict[int, InodeState] = {}
         self._dirty: dict[int, InodeState] = {}
+        self.lowered: set[int] = set()
+        """Inodes whose locks are being given up: what was dirty has been written back, and nothing
+        makes them dirty again (`csvfs.lock_owner`)."""
 
     # -- states ----------------------------------------------------------------------------
     def state(self, ino: int) -> InodeState:

@@ -9,8 +9,9 @@
     n <slot>        the slot's orphan list                                     the slot
     r <slot>        the slot's reclaim list                                    the slot
 
-Order in which they are waited for: rename; directories, ancestors before descendants, unrelated
-ones by number; other inodes by number; orphan lists, reclaim lists, groups, each ascending. Open
+Order in which they are waited for: rename; directories, in the order of their paths (ancestors
+first, brothers by number); other inodes by number; orphan lists, reclaim lists, groups, each
+ascending. So nobody waits for a directory with the lock of a file in hand. Open
 locks are only ever tried. Within a transaction everything is only tried (`Transaction.try_lock`).
 
 Modes of an inode's lock: PR to look at it; EX to change it. Tasks of this node that read or write

@@ -124,13 +124,12 @@ class Namespace:
             inode = require_directory(state)
             entries = await engine.look(lambda reader: read_entries(reader, inode, behind, left))
             engine.note_access(state)
-            async with engine.looking_at_all({e.ino: e.generation for e in entries}) as children:
-                for entry in entries:
-                    child = attributes_of(children[entry.ino].fields())
-                    found.append(DirectoryEntry(entry.name, entry.key, child))
-                # The children stay locked until here, the directory until the caller goes on:
-                # none of them can lose its name before its lookup is counted.
-                return found
+            children = await engine.attributes_of_all({e.ino: e.generation for e in entries})
+            # The directory stays locked until the caller goes on: no child can lose its name
+            # before its lookup is counted.
+            return found + [
+                DirectoryEntry(entry.name, entry.key, children[entry.ino]) for entry in entries
+            ]
 
     # -- making ----------------------------------------------------------------------------
     async def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Attributes:

@@ -1,12 +1,18 @@
 """rename(2) and renameat2(2): the one operation that touches up to four inodes.
 
 Theory. A rename within one directory changes nothing about the shape of the tree. One across
-directories is done under the volume's rename lock: EX if it moves a directory, PR if not. So while
-a rename across directories runs, no directory changes its place, and three questions have lasting
-answers: is one of the two directories above the other, is the moved directory above its new place
-(EINVAL), is what is to be replaced above the old place (then it is not empty). Only then are locks
-taken: the two directories, ancestor first, unrelated ones by number; then what is moved and what
-is replaced, by number: neither of them is above the other, or above the two directories.
+directories is done under the volume's rename lock: EX if a directory stands at one of the names,
+PR if not. So while a rename across directories runs, no directory changes its place, and three
+questions have lasting answers: where do the two directories stand in the tree, is the moved
+directory above its new place (EINVAL), is what is to be replaced above the old place (then it is
+not empty). Only then are locks taken: the two directories in the order of their paths, then what
+is moved and what is replaced: neither is above the other, or above the two directories.
+
+Why not the two directories by their numbers, if none is above the other: of three directories
+a < b < c with c above a, renames from a to b and from b to c and a look-up of a in c would wait
+for each other. Comparing paths, number by number from the root, is one order for all of them:
+ancestors come first, brothers stand by number. Files come behind all directories, because a file
+may have names in several.
 
 What stands at the two names decides which locks are needed, so it is looked at before; if it is
 something else once the directories are locked, the operation starts again.
@@ -92,7 +98,7 @@ class Renamer:
             if source.parent == target.parent:
                 directories = [source.parent]
             else:
-                mode = Mode.EX if _moves_directory(found, flags) else Mode.PR
+                mode = Mode.EX if _concerns_directory(found) else Mode.PR
                 await locks.enter_async_context(engine.locks.acquire(RENAME, mode))
                 directories = await self._in_order(source, target, found, flags)
             for ino in directories:
@@ -103,7 +109,7 @@ class Renamer:
                 if flags == NOREPLACE:
                     raise NameExists(f"{target.name!r} is in directory {target.parent}")
                 return True
-            for entry in sorted((e for e in found if e is not None), key=lambda e: e.ino):
+            for entry in sorted((e for e in found if e is not None), key=_place_in_order):
                 await locks.enter_async_context(engine.alone(entry.ino, entry.generation))
             unused = False
             if found.target is not None and not flags:
@@ -145,11 +151,7 @@ class Renamer:
             if flags == NOREPLACE:
                 raise NameExists(f"{target.name!r} is in directory {target.parent}")
             raise NotEmpty(f"{target.name!r} holds the directory of {source.name!r}")
-        if source.parent in above_target:
-            return [source.parent, target.parent]
-        if target.parent in above_source:
-            return [target.parent, source.parent]
-        return sorted((source.parent, target.parent))
+        return [path[0] for path in sorted((above_source, above_target), key=lambda p: p[::-1])]
 
     async def _path_up(self, ino: int) -> list[int]:
         """The directory, its parent, and so on up to the root."""
@@ -169,10 +171,12 @@ def _found(source: Place, first: Entry | None, second: Entry | None) -> Found:
     return Found(first, second)
 
 
-def _moves_directory(found: Found, flags: int) -> bool:
-    if found.source.is_directory:
-        return True
-    return flags == EXCHANGE and found.target is not None and found.target.is_directory
+def _concerns_directory(found: Found) -> bool:
+    return any(entry is not None and entry.is_directory for entry in found)
+
+
+def _place_in_order(entry: Entry) -> tuple[bool, int]:
+    return not entry.is_directory, entry.ino
 
 
 # -- the body ------------------------------------------------------------------------------------
