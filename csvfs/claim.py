@@ -52,13 +52,13 @@ from csvfs.claim_seat import (
     joining_view,
     journal_tasks,
     left_view,
+    new_sessions,
+    seat_block,
 )
 from csvfs.fixed_area import read_heartbeats, read_slot_blocks, read_view, write_view
 from csvfs.format import (
     FINGERPRINT_BYTES,
-    Identity,
     Session,
-    SessionKind,
     SlotBlock,
     Superblock,
     View,
@@ -72,7 +72,6 @@ from redirector.block.device import (
     Lun,
     OutcomeUnknown,
 )
-from redirector.block.keys import PathKey, choose_port
 from redirector.block.reservations import (
     FenceFailed,
     KeyInUse,
@@ -90,8 +89,6 @@ PATIENCE_S: Final = 60.0
 """How long to wait for other hosts to come to rest before saying so."""
 ATTEMPTS: Final = 4
 """A claim that loses its session, or a race, begins again so often."""
-DATA_GENERATION: Final = 1
-CONTROL_GENERATION: Final = 2
 
 _SYSTEM_RANDOM: Final = SystemRandom()
 
@@ -305,30 +302,13 @@ class _Claimer:
     async def _write_slot_block(self, newcomer: Newcomer, seat: Seat) -> tuple[Session, Session]:
         """Say who will be in the slot and over which sessions, before either exists."""
         superblock, device = newcomer.superblock, newcomer.device
-        data = self._session(SessionKind.DATA, seat, DATA_GENERATION)
-        control = self._session(SessionKind.CONTROL, seat, CONTROL_GENERATION)
-        identity = Identity(
-            incarnation=seat.incarnation,
-            generation=CONTROL_GENERATION,
-            key=0,
-            since_ns=self.now_ns(),
-            machine_id=self.host.machine_id,
-            boot_id=self.host.boot_id,
-            node_name=self.host.node_name,
-            addresses=self.host.addresses,
-            certificate=self.host.certificate,
-        )
+        data, control = new_sessions(seat, self.host.initiator_name, self.rng)
         address = superblock.geometry.slot_block(seat.slot)
-        block = SlotBlock(seat.slot, identity, (data, control)).encode(
+        block = seat_block(seat, self.host, (data, control), self.now_ns()).encode(
             superblock.volume_id, address, version=seat.incarnation
         )
         await newcomer.registration.ask(lambda: device.write(byte_offset(address), block, fua=True))
         return data, control
-
-    def _session(self, kind: SessionKind, seat: Seat, generation: int) -> Session:
-        port = choose_port(self.host.initiator_name, self.rng)
-        key = PathKey(seat.slot, seat.incarnation, generation).pack()
-        return Session(kind, generation, key, port.name, port.isid)
 
     async def _move_in(
         self, newcomer: Newcomer, view: View, seat: Seat, data: Session, control: Session

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from random import Random
+from typing import Final
 
 from csvfs.claim_decision import Host, Observation, RecoverOwnDead, Succession
-from csvfs.format import NOBODY, SlotState, View, ViewSlot, ViewSlotFlag
-from redirector.block.keys import MAX_INCARNATION, PathKey
+from csvfs.format import (
+    NOBODY,
+    Identity,
+    Session,
+    SessionKind,
+    SlotBlock,
+    SlotState,
+    View,
+    ViewSlot,
+    ViewSlotFlag,
+)
+from redirector.block.keys import MAX_INCARNATION, PathKey, choose_port
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,41 @@ def left_view(view: View, slot: int, holder_key: int, now_ns: int) -> View:
         holder_key=holder_key,
         written_ns=now_ns,
     )
+
+
+# -- the slot block ------------------------------------------------------------------------------
+DATA_GENERATION: Final = 1
+CONTROL_GENERATION: Final = 2
+
+
+def new_sessions(seat: Seat, initiator_name: str, rng: Random) -> tuple[Session, Session]:
+    """The data and the control session of a fresh incarnation: a key and a random ISID each."""
+
+    def session(kind: SessionKind, generation: int) -> Session:
+        port = choose_port(initiator_name, rng)
+        key = PathKey(seat.slot, seat.incarnation, generation).pack()
+        return Session(kind, generation, key, port.name, port.isid)
+
+    return (
+        session(SessionKind.DATA, DATA_GENERATION),
+        session(SessionKind.CONTROL, CONTROL_GENERATION),
+    )
+
+
+def seat_block(seat: Seat, host: Host, sessions: tuple[Session, ...], now_ns: int) -> SlotBlock:
+    """Who is in the slot from now on."""
+    identity = Identity(
+        incarnation=seat.incarnation,
+        generation=max(session.generation for session in sessions),
+        key=0,
+        since_ns=now_ns,
+        machine_id=host.machine_id,
+        boot_id=host.boot_id,
+        node_name=host.node_name,
+        addresses=host.addresses,
+        certificate=host.certificate,
+    )
+    return SlotBlock(seat.slot, identity, sessions)
 
 
 # -- the journals --------------------------------------------------------------------------------

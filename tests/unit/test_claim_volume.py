@@ -1,10 +1,9 @@
 # ruff: noqa: ARG001 (autojump_clock works by being asked for)
-"""Claim and release on a simulated LUN: alone, against others, and cut off at every command."""
+"""Claim and release on a simulated LUN: alone, and against others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -17,10 +16,7 @@ from csvfs.claim import (
     ClaimFailed,
     ClaimRefused,
     LeaveIncomplete,
-    claim_volume,
-    release_volume,
 )
-from csvfs.claim_decision import Host
 from csvfs.claim_refusals import (
     RefuseCopy,
     RefuseForeign,
@@ -28,120 +24,29 @@ from csvfs.claim_refusals import (
     RefuseOther,
 )
 from csvfs.claim_seat import JournalTask
-from csvfs.fixed_area import NoVolume, read_view
-from csvfs.format import SlotState, Superblock
-from csvfs.mkfs import FormatOptions, make_filesystem
+from csvfs.fixed_area import NoVolume
 from csvfs.newcomer import ForeignReservation, open_newcomer
 from redirector.block.arbiter import Op
 from redirector.block.device import (
-    BlockDevice,
     BlockError,
     InitiatorPort,
     LoginFailed,
-    OutcomeUnknown,
 )
-from redirector.block.keys import PathKey, is_newcomer, newcomer_key
+from redirector.block.keys import is_newcomer, newcomer_key
 from redirector.block.reservations import Registration
 from redirector.block.simulated import SimulatedLun
-from redirector.block.simulated_faults import Command, Hold
-
-SIZE = 64 << 20
-ALPHA = Host("alpha", b"A" * 16, b"1" * 16, "iqn.2026-11.test:alpha", ("192.0.2.1:7",), b"cert")
-BETA = Host("beta", b"B" * 16, b"2" * 16, "iqn.2026-11.test:beta", ("192.0.2.2:7",))
-
-
-def copy_of(lun: SimulatedLun) -> SimulatedLun:
-    """The same LUN, as yet untouched by anybody's session."""
-    return lun.crashed(keep=lambda _: True, reservations=True, record=True)
-
-
-async def formatted(*, slots: int = 4, parked: bool = False, seed: int = 5) -> SimulatedLun:
-    lun = SimulatedLun(SIZE, seed=seed)
-    async with await lun.login(InitiatorPort("iqn.2026-11.test:format", 1)) as device:
-        key = newcomer_key(Random(seed)) if parked else 0
-        if parked:
-            await device.register(key)
-            await device.reserve(key)
-        options = FormatOptions(label="v", slots=slots, holder_key=key)
-        await make_filesystem(device, options, now_ns=1, rng=Random(seed))
-    return lun
-
-
-@dataclass
-class Node:
-    """A host's daemon, and what its claims did."""
-
-    host: Host = ALPHA
-    rng: Random = field(default_factory=lambda: Random(1))
-    lock_is_free: bool = True
-    tasks: list[JournalTask] = field(default_factory=list)
-    waits: list[str] = field(default_factory=list)
-
-    async def claim(self, lun: SimulatedLun) -> Claim:
-        async def prepare(device: BlockDevice, superblock: Superblock, task: JournalTask) -> None:
-            del superblock
-            # Fenced before replayed: nobody else is registered, and nothing is on its way.
-            assert {PathKey.parse(key) is not None for key in lun.arbiter.registrations.values()}
-            assert len(set(lun.arbiter.registrations.values())) == 2
-            assert not lun.parked
-            await device.write(fmt.byte_offset(fmt.JOURNAL_AREA), bytes(4096), fua=True)
-            self.tasks.append(task)
-
-        return await claim_volume(
-            lun,
-            self.host,
-            prepare=prepare,
-            take_lock=lambda _volume_id: self.lock_is_free,
-            now_ns=lambda: 7,
-            rng=self.rng,
-            on_wait=self.waits.append,
-        )
-
-
-async def release(claim: Claim) -> None:
-    await release_volume(claim, now_ns=lambda: 8)
-
-
-def registered(lun: SimulatedLun) -> list[int]:
-    return sorted(lun.arbiter.registrations.values())
-
-
-def holder(lun: SimulatedLun) -> int:
-    return lun.arbiter.read_reservation().key
-
-
-async def view_of(lun: SimulatedLun, claim: Claim | None = None) -> fmt.View:
-    """What the LUN's medium says."""
-    copy = SimulatedLun(SIZE, blocks=lun.blocks)
-    device = await copy.login(InitiatorPort("iqn.2026-11.test:look", 9))
-    superblock = Superblock.decode(await device.read(0, 4096))
-    view = await read_view(device, superblock.volume_id)
-    if claim is not None:
-        assert view == claim.view
-    return view
-
-
-async def assert_taken(lun: SimulatedLun, claim: Claim) -> None:
-    claim.check()
-    assert holder(lun) == claim.control.key
-    assert registered(lun) == sorted([claim.data.key, claim.control.key])
-    view = await view_of(lun, claim)
-    entry = view.slots[claim.slot]
-    assert entry.state == SlotState.ACTIVE
-    assert entry.incarnation == claim.incarnation
-    assert entry.flags == fmt.ViewSlotFlag.JOURNAL_USED
-    address = claim.superblock.geometry.slot_block(claim.slot)
-    block, _ = fmt.SlotBlock.decode(
-        lun.blocks[address], address, claim.superblock.volume_id, claim.slot
-    )
-    assert block.identity.incarnation == claim.incarnation
-    assert block.identity.machine_id == claim.host.machine_id
-    ports = {
-        (session.key, InitiatorPort(session.initiator_name, session.isid))
-        for session in block.sessions
-    }
-    assert ports == {(path.key, path.device.port) for path in (claim.data, claim.control)}
-    assert len(lun.sessions) == 2
+from tests.unit.claim_nodes import (
+    ALPHA,
+    BETA,
+    SIZE,
+    Node,
+    assert_taken,
+    formatted,
+    holder,
+    registered,
+    release,
+    view_of,
+)
 
 
 # -- the ordinary life ---------------------------------------------------------------------------
@@ -429,173 +334,6 @@ async def test_of_two_hosts_one_wins(seed: int, parked: bool, autojump_clock: Mo
     await assert_taken(lun, winner)
 
 
-# -- cut off anywhere ----------------------------------------------------------------------------
-def at_command(lun: SimulatedLun, number: int, action: Callable[[Command], None]) -> None:
-    """Do something when the ``number``-th command from now arrives."""
-    left = number
-
-    def match(command: Command) -> bool:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            action(command)
-        return False
-
-    lun.inject(match, OutcomeUnknown)
-
-
-async def prepared(kind: str) -> tuple[SimulatedLun, Node]:
-    """A LUN just before a claim of that kind, and who will claim."""
-    node = Node()
-    lun = await formatted(parked=kind != "first")
-    if kind in ("parked", "dead"):
-        claim = await node.claim(lun)
-        if kind == "parked":
-            await release(claim)
-        else:
-            claim.abort()
-    return copy_of(lun), node
-
-
-async def commands_of(kind: str) -> int:
-    lun, node = await prepared(kind)
-    count = 0
-
-    def tally(_: Command) -> bool:
-        nonlocal count
-        count += 1
-        return False
-
-    lun.inject(tally, OutcomeUnknown)
-    claim = await node.claim(lun)
-    await release(claim)
-    return count
-
-
-async def life(lun: SimulatedLun, node: Node) -> None:
-    await release(await node.claim(lun))
-
-
-ANY_END = (BlockError, ClaimFailed, ClaimRefused, LeaveIncomplete)
-
-
-@pytest.mark.parametrize("kind", ["first", "parked", "dead"])
-@pytest.mark.parametrize("landed", [True, False])
-async def test_the_host_dies_at_any_command(
-    kind: str, landed: bool, autojump_clock: MockClock
-) -> None:
-    """The next claim of the same host succeeds, soon, under a number never used before."""
-    total = await commands_of(kind)
-    assert total > 30
-    for number in range(1, total + 1):
-        lun, node = await prepared(kind)
-
-        def die(command: Command, lun: SimulatedLun = lun) -> None:
-            if not landed:
-                lun.lose_answer(lambda other: other is command, landed=False)
-            lun.disconnect()
-
-        at_command(lun, number, die)
-        with pytest.raises(ANY_END):
-            await life(lun, node)
-        lun.reconnect()
-        before = {key for key in registered(lun) if PathKey.parse(key)}
-        started = trio.current_time()
-        claim = await node.claim(lun)
-        assert trio.current_time() - started < 8
-        await assert_taken(lun, claim)
-        assert not before & set(registered(lun))
-        await life_goes_on(lun, node, claim)
-
-
-async def life_goes_on(lun: SimulatedLun, node: Node, claim: Claim) -> None:
-    await release(claim)
-    again = await node.claim(lun)
-    assert again.incarnation == claim.incarnation + 1
-    again.abort()
-
-
-@pytest.mark.parametrize("kind", ["first", "parked", "dead"])
-@pytest.mark.parametrize("landed", [True, False])
-async def test_a_session_is_lost_at_any_command(
-    kind: str, landed: bool, autojump_clock: MockClock
-) -> None:
-    """A claim begins again by itself; a release that fails is recovered by the next claim."""
-    total = await commands_of(kind)
-    for number in range(1, total + 1):
-        lun, node = await prepared(kind)
-
-        def lose(command: Command, lun: SimulatedLun = lun) -> None:
-            lun.lose_answer(lambda other: other is command, landed=landed)
-
-        at_command(lun, number, lose)
-        claim = await node.claim(lun)
-        await assert_taken(lun, claim)
-        try:
-            await release(claim)
-        except LeaveIncomplete:
-            pass
-        again = await node.claim(lun)
-        await assert_taken(lun, again)
-        again.abort()
-
-
-@pytest.mark.parametrize("kind", ["first", "parked", "dead"])
-async def test_power_is_lost_after_any_write(kind: str, autojump_clock: MockClock) -> None:
-    """The target forgets its registrations and any part of what it had not written back."""
-    lun, node = await prepared(kind)
-    await life(lun, node)
-    for cut in range(lun.journal.writes + 1):
-        for _ in range(3):
-            after = lun.crashed(cut)
-            claim = await Node(rng=Random(cut)).claim(after)
-            await assert_taken(after, claim)
-            await release(claim)
-
-
-@pytest.mark.parametrize("kind", ["first", "parked", "dead"])
-async def test_a_late_write_of_a_dead_claim_never_lands_later(
-    kind: str, autojump_clock: MockClock
-) -> None:
-    """A write of the claim is held in the target, its host dies, and the next claim is made."""
-    number = 0
-    while True:
-        number += 1
-        lun, node = await prepared(kind)
-        seen = 0
-
-        def nth_write(command: Command, number: int = number) -> bool:
-            nonlocal seen
-            seen += command.op is Op.WRITE
-            return command.op is Op.WRITE and seen == number
-
-        hold = lun.hold(nth_write)
-        with trio.move_on_after(20):
-            async with trio.open_nursery() as nursery:
-
-                async def run(lun: SimulatedLun = lun, node: Node = node) -> None:
-                    try:
-                        await life(lun, node)
-                    except ANY_END:
-                        pass
-                    nursery.cancel_scope.cancel()
-
-                async def cut(lun: SimulatedLun = lun, hold: Hold = hold) -> None:
-                    await hold.wait_held()
-                    lun.disconnect()
-
-                nursery.start_soon(run)
-                nursery.start_soon(cut)
-        if not hold.commands:
-            break
-        lun.reconnect()
-        claim = await node.claim(lun)
-        assert not hold.commands, "it is still on its way"
-        await assert_taken(lun, claim)
-        claim.abort()
-    assert number > 5
-
-
 # -- leaving -------------------------------------------------------------------------------------
 async def test_a_lost_data_session_is_fenced_before_the_view_says_left(
     autojump_clock: MockClock,
@@ -641,21 +379,6 @@ async def test_an_unreachable_target_is_said(autojump_clock: MockClock) -> None:
     lun.disconnect()
     with pytest.raises(LoginFailed):
         await Node().claim(lun)
-
-
-async def test_a_cancelled_claim_leaves_the_volume_to_the_next(autojump_clock: MockClock) -> None:
-    for steps in range(0, 60, 3):
-        lun, node = await formatted(parked=True), Node()
-        with trio.CancelScope() as scope:
-
-            def cancel(_: Command, scope: trio.CancelScope = scope) -> None:
-                scope.cancel()
-
-            at_command(lun, steps + 1, cancel)
-            (await node.claim(lun)).abort()
-        assert not lun.sessions
-        claim = await node.claim(lun)
-        await assert_taken(lun, claim)
 
 
 async def test_a_holder_that_was_deposed_does_not_release(autojump_clock: MockClock) -> None:
