@@ -78,16 +78,19 @@ class Session:
         self.registration = registration
         self.device: BlockDevice = registration.device
         self.in_flight = 0
+        self.draining = False
+        """Somebody waits for ``in_flight`` to become 0: whoever lowers it calls `ended`."""
         self._idle = trio.Event()
 
     def ended(self) -> None:
-        """A command is back; ``in_flight`` was 0."""
-        self._idle.set()
+        """A command is back."""
+        if not self.in_flight:
+            self._idle.set()
 
     async def wait_idle(self) -> None:
         """Return when every command has ended. Only for a session that gets no new ones."""
-        while self.in_flight:
-            self._idle = trio.Event()
+        self.draining = True
+        if self.in_flight:
             await self._idle.wait()
 
 
@@ -203,8 +206,8 @@ class Keeper:
                     await self._recover()
                 nursery.cancel_scope.cancel()
         finally:
-            if not self._left:
-                self._evict(f"{self.lun.url}: the path is no longer kept")
+            if not self._left and self.evicted is None:
+                self._end(f"{self.lun.url}: the path is no longer kept")
 
     def leave(self) -> None:
         """Let go of the sessions as they are: from now on they are the caller's alone."""
@@ -373,9 +376,12 @@ class Keeper:
     def _evict(self, why: str) -> None:
         if self.evicted is None:
             log.error("%s", why)
-            self.evicted = Evicted(why)
-            self.trouble = why
-            self.abort()
+            self._end(why)
+
+    def _end(self, why: str) -> None:
+        self.evicted = Evicted(why)
+        self.trouble = why
+        self.abort()
         self._judge_flow()
 
     @staticmethod

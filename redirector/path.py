@@ -34,7 +34,7 @@ from redirector.block.device import (
 )
 from redirector.block.reservations import PathClosed, Registration
 from redirector.keeper import Evicted, Keeper, Membership, Session
-from redirector.retained import RetainedWrites
+from redirector.retained import STOP_BYTES, RetainedWrites
 
 __all__ = ["DirectPath", "Evicted", "Membership", "PathStatus"]
 
@@ -177,7 +177,7 @@ class DirectPath(BlockIO):
                 failure = error
             finally:
                 session.in_flight -= 1
-                if not session.in_flight:
+                if session.draining:
                     session.ended()
 
         async def again(session: Session) -> None:
@@ -196,18 +196,20 @@ class DirectPath(BlockIO):
             session.in_flight += 1
             try:
                 await session.device.write(offset_bytes, data, fua=fua)
-                if self._retained is not None:
-                    self._retained.add(offset_bytes, data)
-                    if self._retained.full:
-                        await self._retained.wait_room()
-                return
+                retained = self._retained
+                if retained is not None:
+                    retained.add(offset_bytes, data)
             except BlockError as error:
                 failure = error
                 tokens = self._repeats.add([(offset_bytes, memoryview(data).nbytes)])
             finally:
                 session.in_flight -= 1
-                if not session.in_flight:
+                if session.draining:
                     session.ended()
+            if failure is None:
+                if retained is not None and retained.size_bytes >= STOP_BYTES:
+                    await retained.wait_room()
+                return
 
         async def again(session: Session) -> None:
             await session.device.write(offset_bytes, data, fua=fua)
@@ -268,7 +270,7 @@ class DirectPath(BlockIO):
                     tokens = tokens or (self._repeats.add(ranges) if changes else [])
                 finally:
                     session.in_flight -= 1
-                    if not session.in_flight:
+                    if session.draining:
                         session.ended()
         finally:
             if tokens:
@@ -295,14 +297,16 @@ class DirectPath(BlockIO):
 
     async def _flush_when_due(self, retained: RetainedWrites) -> None:
         """Bound what is kept for a target that may forget it."""
-        while True:
-            await retained.wait_due()
-            try:
-                await self.flush()
-            except Evicted:
-                break
-            except BlockError as error:
-                # Whoever needs it stable flushes himself and is told; here it is tried again.
-                log.error("the target does not flush: %s", error)  # noqa: TRY400
-                await trio.sleep(1)
-        retained.stop()
+        try:
+            while True:
+                await retained.wait_due()
+                try:
+                    await self.flush()
+                except Evicted:
+                    return
+                except BlockError as error:
+                    # Whoever needs it stable flushes himself and is told; here it goes again.
+                    log.error("the target does not flush: %s", error)  # noqa: TRY400
+                    await trio.sleep(1)
+        finally:
+            retained.stop()

@@ -24,7 +24,7 @@ FLUSH_BYTES = 32 << 20
 FLUSH_AFTER_S = 1.0
 """... and the oldest write after so long."""
 STOP_BYTES = 2 * FLUSH_BYTES
-"""With so much retained, writers wait."""
+"""With so much retained, writers are to `wait_room`."""
 
 
 class RetainedWrites:
@@ -69,6 +69,7 @@ class RetainedWrites:
         if self.size_bytes < FLUSH_BYTES:
             self._much = trio.Event()
         self._room.set()
+        self._room = trio.Event()
 
     def stop(self) -> None:
         """There will be no flush any more: let the writers go."""
@@ -76,15 +77,10 @@ class RetainedWrites:
         self._room.set()
 
     # -- waiting -------------------------------------------------------------------------------
-    @property
-    def full(self) -> bool:
-        """Whether writers must wait."""
-        return self.size_bytes >= STOP_BYTES and not self._stopped
-
     async def wait_room(self) -> None:
-        """Return when some flush was answered."""
-        self._room = trio.Event()
-        await self._room.wait()
+        """Return when less than `STOP_BYTES` are retained."""
+        while self.size_bytes >= STOP_BYTES and not self._stopped:
+            await self._room.wait()
 
     async def wait_due(self) -> None:
         """Return when a flush is due."""
