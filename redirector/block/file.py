@@ -20,17 +20,15 @@ polled, never waited for, so cancelling works and no thread hangs behind a stopp
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from redirector.block.arbiter import Op
+from redirector.block.arbiter import DATA_OPS, Op
 from redirector.block.device import (
     BlockDevice,
     BlockError,
@@ -38,52 +36,29 @@ from redirector.block.device import (
     IllegalRequest,
     InitiatorPort,
     Lun,
-    LunIdentity,
-    MediumError,
     NoSuchLun,
     OutcomeUnknown,
     RegisteredKeys,
     Reservation,
     ReservationConflict,
-    SpaceExhausted,
     Unreachable,
+)
+from redirector.block.file_data import (
+    SECTOR_BYTES,
+    identify,
+    open_data,
+    punch,
+    side_path,
+    translate,
 )
 from redirector.block.side_file import STATE, TRAFFIC, TURNSTILE, SideFile, TargetState
 
 _T = TypeVar("_T")
 
-_SECTOR_BYTES = 512
 _THREADS = 16
 _INLINE_BYTES = 128 << 10
 _POLL_S = 0.002
 _LOST_POLL_S = 0.05
-
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-
-
-def _punch(fd: int, offset_bytes: int, length_bytes: int) -> None:
-    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-    if _libc.fallocate64(fd, mode, offset_bytes, length_bytes):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-def _side_path(path: Path) -> Path:
-    return path.with_name(path.name + ".reservations")
-
-
-def _translate(op: Op, error: OSError) -> BlockError:
-    """What a failed system call on the data file means."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return SpaceExhausted(
-            op.value, sense_key=7, asc_ascq=0x2707, words="the file system below is full"
-        )
-    if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
-        return IllegalRequest(op.value, sense_key=5, asc_ascq=0x2000, words=str(error))
-    return MediumError(op.value, sense_key=3, asc_ascq=0x1100, words=str(error))
 
 
 async def _lock(side: SideFile, byte: int, *, exclusive: bool = True) -> None:
@@ -130,7 +105,7 @@ class FileLun(Lun):
     def _open_side(self) -> SideFile:
         try:
             os.stat(self.path)
-            return SideFile(_side_path(self.path))
+            return SideFile(side_path(self.path))
         except FileNotFoundError as error:
             raise NoSuchLun(f"{self.url}: there is no such file") from error
         except OSError as error:
@@ -145,7 +120,7 @@ class FileDevice(BlockDevice):
         self.port = port
         self._fd = fd
         self._side = side
-        self.identity = _identity(fd, side.fd)
+        self.identity = identify(fd, side.fd)
         self.nexus = 0
         self._lost = trio.Event()
         self._in_flight = 0
@@ -155,7 +130,7 @@ class FileDevice(BlockDevice):
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._nowait_flags = {Op.READ: os.RWF_NOWAIT, Op.WRITE: os.RWF_NOWAIT}
         self._seen_version = -1
-        self._refused: set[Op] = set()
+        self._refused: frozenset[Op] = frozenset()
 
     @classmethod
     async def open(cls, lun: FileLun, port: InitiatorPort) -> FileDevice:
@@ -164,7 +139,7 @@ class FileDevice(BlockDevice):
         side = lun._open_side()
         fd = -1
         try:
-            fd = _open_data(lun)
+            fd = open_data(lun.path, lun.url)
             device = cls(lun, port, fd, side)
             await _lock(side, STATE)
             try:
@@ -296,7 +271,7 @@ class FileDevice(BlockDevice):
                 yield state
             arbiter = state.arbiter
             barred = arbiter.holder is not None and self.nexus not in arbiter.registrations
-            self._refused = _DATA if barred else set()
+            self._refused = DATA_OPS if barred else frozenset()
             # A pending attention keeps the version unseen, so that the next command fetches it.
             if not arbiter.attentions[self.nexus]:
                 self._seen_version = self._side.version
@@ -305,7 +280,7 @@ class FileDevice(BlockDevice):
 
     # -- data ----------------------------------------------------------------------------------
     def _check_range(self, op: Op, offset_bytes: int, length_bytes: int) -> None:
-        if offset_bytes % _SECTOR_BYTES or length_bytes % _SECTOR_BYTES or offset_bytes < 0:
+        if offset_bytes % SECTOR_BYTES or length_bytes % SECTOR_BYTES or offset_bytes < 0:
             raise ValueError(
                 f"{op.value}: {length_bytes} bytes at {offset_bytes}: not whole blocks of 512"
             )
@@ -320,7 +295,7 @@ class FileDevice(BlockDevice):
             try:
                 answer = await trio.to_thread.run_sync(work, limiter=self._limiter)
             except OSError as error:
-                raise _translate(op, error) from error
+                raise translate(op, error) from error
         return answer
 
     async def _transfer(
@@ -345,7 +320,7 @@ class FileDevice(BlockDevice):
                 pass
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise _translate(op, error) from error
+                    raise translate(op, error) from error
                 self._nowait_flags[op] = 0
         if done < length_bytes:
             await self._run(op, lambda: rest(done))
@@ -374,7 +349,7 @@ class FileDevice(BlockDevice):
             )
 
     async def write_same(self, offset_bytes: int, length_bytes: int, block: Buffer) -> None:
-        whole = bytes(block) * (length_bytes // _SECTOR_BYTES)
+        whole = bytes(block) * (length_bytes // SECTOR_BYTES)
         await self._write(Op.WRITE_SAME, offset_bytes, memoryview(whole), False)
 
     async def flush(self) -> None:
@@ -395,12 +370,12 @@ class FileDevice(BlockDevice):
         for offset, length in ranges:
             self._check_range(Op.UNMAP, offset, length)
         async with self._data_command(Op.UNMAP):
-            await self._run(Op.UNMAP, lambda: self._punch_all(ranges))
+            await self._run(Op.UNMAP, lambda: self.punch_all(ranges))
 
-    def _punch_all(self, ranges: Sequence[tuple[int, int]]) -> None:
+    def punch_all(self, ranges: Sequence[tuple[int, int]]) -> None:
         for offset, length in ranges:
             if length:
-                _punch(self._fd, offset, length)
+                punch(self._fd, offset, length)
 
     # -- persistent reservations -------------------------------------------------------------------
     async def _reserve(self, op: Op, action: Callable[[TargetState], _T]) -> _T:
@@ -438,41 +413,3 @@ class FileDevice(BlockDevice):
 
     async def test_unit_ready(self) -> None:
         await self._reserve(Op.TEST_UNIT_READY, lambda _: None)
-
-
-_DATA = {Op.READ, Op.WRITE, Op.SYNCHRONIZE_CACHE, Op.UNMAP, Op.WRITE_SAME}
-
-
-def _open_data(lun: FileLun) -> int:
-    try:
-        fd = os.open(lun.path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise NoSuchLun(f"{lun.url}: there is no such file") from error
-    except OSError as error:
-        raise Unreachable(f"{lun.url}: {error}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise NoSuchLun(f"{lun.url}: not a regular file")
-    return fd
-
-
-def _identity(fd: int, side_fd: int) -> LunIdentity:
-    status = os.fstat(fd)
-    try:
-        _punch(side_fd, 1 << 40, 4096)
-        granularity = 4096
-    except OSError:
-        granularity = 0
-    return LunIdentity(
-        size_bytes=status.st_size // _SECTOR_BYTES * _SECTOR_BYTES,
-        logical_block_bytes=_SECTOR_BYTES,
-        vendor="CSVFS",
-        product="FILE",
-        revision="1",
-        serial=f"{status.st_ino:x}",
-        device_id=(0x3 << 60 | status.st_ino & (1 << 60) - 1).to_bytes(8, "big"),
-        thin=granularity > 0,
-        unmap_granularity_bytes=granularity,
-        max_unmap_bytes=1 << 40,
-        volatile_cache=True,
-    )
