@@ -49,7 +49,8 @@ def verify(console: Path, image: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("cache", ["none", pytest.param("writeback", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("cache", ["none", "writeback"])
 def test_a_guest_boots_writes_and_verifies(
     cache: str, mnt: Mount, template: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_the_daemon_is_killed_under_a_guest(
         guest.wait_for(f"VERIFIED {first - 1} BAD 0", BOOT_LIMIT_S)
 
 
+@pytest.mark.full
 def test_guests_see_a_pause_when_connections_are_cut(
     lun: Tgt, mnt: Mount, template: Path, tmp_path: Path
 ) -> None:
