@@ -12,7 +12,7 @@ started by `csvfs.supervisor`. DIRECTORY and URL are there for ps. Exit status 0
 left cleanly or never taken, 1 otherwise.
 
 Concurrency. One nursery: the main task attaches, serves and leaves; beside it run the signals, the
-admin socket and the watch over the volume, cancelled when the main task is done.
+admin socket, the watches over volume and memory, cancelled when the main task is done.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from csvfs import logs, places
 from csvfs.admin import serve_admin
 from csvfs.attach import Attached, attach
 from csvfs.events import Reporter
-from csvfs.hardening import harden
+from csvfs.hardening import give_memory_back, harden, resident_bytes
 from csvfs.notify import notify_manager
 from csvfs.operations import Operations
 from csvfs.problems import Kind, Problem, problem_of
@@ -39,6 +39,11 @@ from csvfs.serving import Serving
 from csvfs.settings import MountSettings
 
 _log = logging.getLogger("csvfs.daemon")
+
+_TRIM_EVERY_S = 5.0
+_TRIM_BYTES = 8 << 20
+_SMALL_BYTES = 40 << 20
+"""About what a daemon holds that has just mounted."""
 
 
 class Daemon:
@@ -106,6 +111,7 @@ class Daemon:
             },
         )
         nursery.start_soon(self._watch, attached, serving)
+        nursery.start_soon(self._stay_small, serving)
         try:
             await serving.run(lambda: self._ready(record))
         except Exception as error:
@@ -139,6 +145,15 @@ class Daemon:
     async def _watch(self, attached: Attached, serving: Serving) -> None:
         serving.fail(str(await attached.wait_failed()))
 
+    async def _stay_small(self, serving: Serving) -> None:
+        """What a burst of I/O made the process hold is given back once the burst is over."""
+        held = 0
+        while True:
+            await trio.sleep(_TRIM_EVERY_S)
+            if resident_bytes() > max(held, _SMALL_BYTES) + _TRIM_BYTES and not serving.waiting():
+                await trio.to_thread.run_sync(give_memory_back)
+                held = resident_bytes()
+
     # -- beside it ---------------------------------------------------------------------------
     async def _heed_signals(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -170,13 +185,8 @@ class Daemon:
             **attached.status(),
             "requests_waiting": serving.waiting(),
             "open_files": serving.open_files,
-            "memory_bytes": _resident_bytes(),
+            "memory_bytes": resident_bytes(),
         }
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> int:

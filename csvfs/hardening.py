@@ -27,9 +27,7 @@ def harden() -> list[str]:
     """Do all three; what could not be done, in words (logged as well)."""
     libc = ctypes.CDLL(None, use_errno=True)
     missing = []
-    # ON_FAULT: pages are locked when touched. Plain mlockall would fault in 80 MiB of never-used
-    # stacks and library code.
-    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
+    if _lock_memory(libc):
         missing.append(f"its memory may be swapped out (mlockall: {_error()})")
     if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0):
         missing.append(f"it may wait for itself under memory pressure (IO_FLUSHER: {_error()})")
@@ -40,6 +38,31 @@ def harden() -> list[str]:
     if missing:
         _log.warning("the daemon is not fully protected: %s", "; ".join(missing))
     return missing
+
+
+def _lock_memory(libc: ctypes.CDLL) -> int:
+    # ON_FAULT: pages are locked when touched. Plain mlockall would fault in 80 MiB of never-used
+    # stacks and library code.
+    failed: int = libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT)
+    return failed
+
+
+def resident_bytes() -> int:
+    """How much memory this process holds (RSS)."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system (blocking; milliseconds).
+
+    malloc_trim(3) does it by madvise(MADV_DONTNEED), which the kernel refuses on locked pages: so
+    for that moment the process is not locked.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.munlockall()
+    libc.malloc_trim(0)
+    _lock_memory(libc)
 
 
 def protect_from_oom() -> None:
