@@ -19,8 +19,9 @@ while units are taken out. Among the tasks that share it:
     (`csvfs.ranges`). Claims come before ranges, so nobody waits for a claim with a range in hand.
 
 The end of the file. Bytes behind it in its last unit are *not* known to be zero on the LUN: a
-crash may have left a write there whose size was not committed, or a truncation what was cut off.
-Whoever makes the file longer for the first time zeroes them before (`FileState.tail_is_zero`).
+crash may have left a write there whose size was not committed, a write that failed its first half,
+a truncation what was cut off. Whoever makes the file longer zeroes them before, unless they are
+known to be zero (`FileState.tail_is_zero`), and while no other write behind the end is on its way.
 
 invariants:
   1. a unit is marked written only by a transaction that runs after all its 64 KiB were written
@@ -40,9 +41,9 @@ from typing import Final
 import trio
 
 from csvfs.change import Change
-from csvfs.data_device import DataDevice
+from csvfs.data_device import DataDevice, told
 from csvfs.engine import Engine
-from csvfs.errors import BadHandle, FileTooBig, NoSpace
+from csvfs.errors import BadHandle, DataLost, FileTooBig, NoSpace
 from csvfs.extent_map import CHUNK_MASK, CHUNK_SHIFT, WRITTEN, Placed
 from csvfs.extents import set_written
 from csvfs.file_map import (
@@ -62,6 +63,7 @@ from csvfs.inode_table import FileState, InodeState
 from csvfs.truncation import Truncation
 from csvfs.xattrs import drop_privileges
 from lockmgr.modes import Mode
+from redirector.block.device import BlockError
 
 Bytes = bytes | bytearray | memoryview
 
@@ -211,8 +213,17 @@ class DataPath:
         data = data[: MAX_FILE_BYTES - offset]
         if not (file.unprivileged or handle.keeps_privileges):
             await self._drop_privileges(state, file)
-        if offset + len(data) > state.fields().size and not file.tail_is_zero:
+        if offset + len(data) <= state.fields().size:
+            return await self._write_as_far(state, file, offset, data)
+        while not file.tail_is_zero:
             await self._truncation.zero_tail(state)
+        with _growing(file):
+            return await self._write_as_far(state, file, offset, data)
+
+    async def _write_as_far(
+        self, state: InodeState, file: FileState, offset: int, data: memoryview
+    ) -> int:
+        """All of ``data``, or as much of it as there is space for."""
         try:
             await self._write_units(state, file, offset, data)
             return len(data)
@@ -329,14 +340,21 @@ class DataPath:
         """What was written to the file, and what is needed to read it back, is stable on return;
         with ``datasync`` False its times and mode too (POSIX fdatasync, fsync).
 
-        Raises `VolumeFailed`.
+        Raises `DataLost`, `VolumeFailed`.
         """
         state = self._table.get(ino)
-        if state is not None and (
-            state.unstable_data
-            or state.dirty_size
-            or (not datasync and (state.unstable or state.dirty_times))
-        ):
+        if state is None:
+            await self._store.flush()
+            return
+        if state.dirty_size or (not datasync and state.dirty_times):
+            try:
+                await self._table.write_back_now(state)
+            except BlockError as error:
+                raise told(error) from error
+        if state.lost:
+            state.lost = False
+            raise DataLost(f"inode {ino}: its times and size could not be written")
+        if state.unstable_data or (not datasync and state.unstable):
             await self._store.commit()
         else:
             await self._store.flush()
@@ -356,6 +374,22 @@ def _written(file: FileState, units: list[int]) -> list[Placed]:
         if chunk is not None:
             marked.append((unit, chunk[unit & CHUNK_MASK] | WRITTEN))
     return marked
+
+
+@contextmanager
+def _growing(file: FileState) -> Iterator[None]:
+    """A write beyond the end of the file. If it fails, some of it may lie there all the same."""
+    file.growing += 1
+    try:
+        yield
+    except BaseException:
+        file.tail_is_zero = False
+        raise
+    finally:
+        file.growing -= 1
+        if not file.growing:
+            file.grown.set()
+            file.grown = trio.Event()
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from csvfs.store import Store
 from csvfs.transaction import BlockKey, BlockReader, Transaction
 from lockmgr.lock import Lock
 from lockmgr.messages import Resource
+from redirector.block.device import MediumError
 
 _log: Final = logging.getLogger("csvfs.inodes")
 
@@ -47,6 +48,8 @@ class FileState:
     __slots__ = (
         "append_lock",
         "converting",
+        "growing",
+        "grown",
         "map",
         "ranges",
         "tail_is_zero",
@@ -62,6 +65,11 @@ class FileState:
         self.tail_is_zero = False
         """The bytes between the end of the file and the end of its last unit are known to be
         zeroes on the LUN. They need not be: after a crash, or a truncation."""
+        self.growing = 0
+        """Writes beyond the end of the file that are on their way. Their bytes lie in the tail
+        before the end has moved: nobody makes the tail zero meanwhile."""
+        self.grown = trio.Event()
+        """Set when the last of them has ended; a new one for the next."""
         self.tail_lock = trio.Lock()
         """Held by who makes the tail zero."""
         self.append_lock = trio.Lock()
@@ -82,6 +90,7 @@ class InodeState:
         "ino",
         "inode",
         "lookups",
+        "lost",
         "open_lock",
         "orphan",
         "resource",
@@ -101,6 +110,8 @@ class InodeState:
         self.orphan = False
         self.dirty_times = False
         self.dirty_size = False
+        self.lost = False
+        """What was dirty could not be written; the next fsync says so."""
         self.unstable = 0
         """Merged transactions that changed this inode and are not stable yet."""
         self.unstable_data = 0
@@ -250,6 +261,26 @@ class InodeTable:
         tx.after_merge(merged)
         tx.on_stable(stable)
 
+    async def write_back_now(self, state: InodeState | None = None) -> None:
+        """Put the dirty fields of one inode, or of all, into the running set.
+
+        Whoever is about to promise that they are stable asks for this: the room that a record
+        holds back for `fill` may be less than there is dirt. Raises `VolumeFailed`, `BlockError`.
+        """
+        for each in list(self._dirty.values()) if state is None else [state]:
+            if each.dirty:
+                await self._write_back_one(each)
+
+    async def _write_back_one(self, state: InodeState) -> None:
+        def body(tx: Transaction) -> None:
+            if state.dirty:  # still: it may have been committed, or buried, meanwhile
+                self.write_back(tx, state)
+
+        try:
+            await self._store.transact(body, bound=1)
+        except (BadBlock, MediumError) as error:
+            self.unreadable(BlockKey(state.ino, BlockType.INODE, state.ino), error)
+
     @property
     def pending(self) -> bool:
         """Is any inode dirty?"""
@@ -263,12 +294,13 @@ class InodeTable:
             self.write_back(tx, state)
 
     def unreadable(self, key: BlockKey, error: Exception) -> None:
-        """An inode block that was good before cannot be read: its times are lost, not more."""
+        """An inode block that was good before cannot be read: what was dirty is lost, not more."""
         state = self._states.get(key.address)
         if state is not None:
             _log.error("inode %d: its times and size cannot be written: %s", key.address, error)
             self._clean(state)
             state.inode = None
+            state.lost = True
 
     def check(self) -> None:
         """Assert the invariants at the top of this module."""

@@ -14,16 +14,15 @@ from typing import Final
 import trio
 
 from csvfs.errors import VolumeFailed
-from csvfs.format_block import BadBlock, BlockType
+from csvfs.format_block import BlockType
 from csvfs.inode_table import InodeState, InodeTable
 from csvfs.locks import INODE_PREFIX, Resources, lock_order
 from csvfs.store import Store
-from csvfs.transaction import BlockKey
 from lockmgr.lock import Lock
 from lockmgr.manager import LockManager
 from lockmgr.messages import Resource
 from lockmgr.modes import COVERS, Mode
-from redirector.block.device import BlockError, MediumError
+from redirector.block.device import BlockError
 
 _log: Final = logging.getLogger("csvfs.locks")
 
@@ -82,21 +81,14 @@ class LockOwner:
     async def _flush(self, resource: Resource, state: InodeState | None = None) -> None:
         """What the lock covers is at home, and in no live record of the journal."""
         try:
-            if state is not None and state.dirty:
-                await self._write_back(state)
+            if state is not None:
+                await self._table.write_back_now(state)
             await self._store.flush_owned(resource)
         except (VolumeFailed, BlockError) as failure:
             # Nobody may read the half of it that reached the LUN: the lock stays with this node
             # until it has left. Nothing else is waited for; the mount is being torn down.
             _log.error("%r is not given up: %s", resource.name, failure)
             await trio.sleep_forever()
-
-    async def _write_back(self, state: InodeState) -> None:
-        try:
-            await self._store.transact(lambda tx: self._table.write_back(tx, state), bound=1)
-        except (BadBlock, MediumError) as error:
-            # As in a commit: what is lost is this inode's times and size, not the mount.
-            self._table.unreadable(BlockKey(state.ino, BlockType.INODE, state.ino), error)
 
     async def glimpse(self, resource: Resource) -> bytes:
         del resource

@@ -79,6 +79,8 @@ class Truncation:
         """Make the bytes between the end of the file and the end of its last unit zero."""
         file = self._engine.table.file(state)
         async with file.tail_lock:
+            while file.growing:
+                await file.grown.wait()
             size = state.fields().size
             if file.tail_is_zero:
                 return

@@ -26,7 +26,7 @@ import trio
 from csvfs.allocator import Groups
 from csvfs.change import ChangeScope, ReclaimSignal
 from csvfs.data import DataPath
-from csvfs.data_device import DataDevice
+from csvfs.data_device import DataDevice, told
 from csvfs.engine import Engine
 from csvfs.errors import VolumeFailed
 from csvfs.format_block import BLOCK_BYTES, BLOCKS_PER_UNIT
@@ -44,7 +44,7 @@ from csvfs.slot_start import journal_place
 from csvfs.store import JournalStart, Store, StoreOptions, open_store
 from csvfs.truncation import Truncation
 from lockmgr.manager import LockManager
-from redirector.block.device import BlockIO
+from redirector.block.device import BlockError, BlockIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,10 @@ class Volume:
 
     async def sync(self) -> None:
         """Everything that was done before the call is stable on return. Raises `VolumeFailed`."""
+        try:
+            await self.table.write_back_now()
+        except BlockError as error:
+            raise told(error) from error
         await self.store.commit()
 
     async def statfs(self) -> Space:
