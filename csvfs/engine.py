@@ -104,8 +104,11 @@ class Engine:
 
     # -- locks -----------------------------------------------------------------------------
     def looking(self, ino: int, generation: int | None = None) -> Held:
-        """The inode's lock in PR: its fields, names and attributes hold still."""
-        return Held(self, ino, Mode.PR, False, generation)
+        """The inode's lock in PR: its names and attributes hold still.
+
+        Not so its size and times while this node writes to it: a stat(2) waits for no I/O.
+        """
+        return Held(self, ino, Mode.PR, True, generation)
 
     def alone(self, ino: int, generation: int | None = None) -> Held:
         """The inode's lock in EX, not shared: nobody else reads, writes or looks."""
@@ -122,7 +125,7 @@ class Engine:
         with ExitStack() as held:
             at_once = []
             for ino in sorted(wanted):
-                lock = self.locks.try_acquire(self.resources.inode(ino), Mode.PR)
+                lock = self.locks.try_acquire(self.resources.inode(ino), Mode.PR, True)
                 if lock is not None:
                     held.enter_context(lock)
                     at_once.append(ino)
@@ -182,7 +185,10 @@ class Engine:
                 inode = await self.look(lambda reader: table.read(reader, ino, generation))
             else:
                 inode = await self._look_up_unknown(ino)
-            state = table.adopt(inode)
+            # Whoever shares the lock may have been quicker, and may have changed it since.
+            state = table.get(ino)
+            if state is None or state.inode is None:
+                state = table.adopt(inode)
         elif generation is not None and state.generation != generation:
             raise StaleInode(f"inode {ino} is of generation {state.generation}, not {generation}")
         return state

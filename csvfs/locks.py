@@ -15,8 +15,9 @@ ascending. So nobody waits for a directory with the lock of a file in hand. Open
 locks are only ever tried. Within a transaction everything is only tried (`Transaction.try_lock`).
 
 Modes of an inode's lock: PR to look at it; EX to change it. Tasks of this node that read or write
-*data* share it (``shared_here``): they keep out of each other's way by `csvfs.ranges` and by the
-table of conversions. EX that is not shared means alone: nothing reads or writes meanwhile.
+*data*, or only look, share it (``shared_here``): they keep out of each other's way by
+`csvfs.ranges` and by the table of conversions. EX that is not shared means alone: nothing reads,
+writes or looks meanwhile.
 """
 
 from __future__ import annotations
