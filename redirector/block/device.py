@@ -201,7 +201,8 @@ class BlockIO(ABC):
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
         """WRITE(16). Without ``fua`` it is stable only after the next `flush` that starts later.
 
-        The caller must not change ``data`` until this returns.
+        The caller must not change ``data`` until this returns. One that is longer than
+        ``identity.max_transfer_bytes`` and refused may have been done in part.
         """
 
     @abstractmethod

@@ -125,7 +125,8 @@ class IscsiLun(Lun):
             if completion is not None:
                 words = f"task management response {completion.status}"
                 raise IllegalRequest("LOGICAL UNIT RESET", status=0, words=words)
-            await nexus.logout()
+            with trio.move_on_at(deadline):  # it is done: whoever waits is not kept for a goodbye
+                await nexus.logout()
         finally:
             await nexus.drop()
 

@@ -59,6 +59,8 @@ class IscsiDevice(BlockDevice):
         self._nexus = nexus
         self._max_unmap_extents = _MAX_UNMAP_EXTENTS
         self._cache_known = False
+        self._attention: UnitAttention | None = None
+        """Came in answer to a question of ours; its owner learns of it by the next command."""
 
     # -- life -------------------------------------------------------------------------------------
     @property
@@ -132,7 +134,10 @@ class IscsiDevice(BlockDevice):
         await self._reserve_out("REGISTER", scsi.PR_REGISTER, old_key, key)
         if key and not self._cache_known:
             # Under a type 6 reservation only a registrant may ask for the write cache.
-            await self._ask_cache(trio.current_time() + _ASK_LIMIT_S)
+            try:
+                await self._ask_cache(trio.current_time() + _ASK_LIMIT_S, attentions=0)
+            except UnitAttention as attention:
+                self._attention = attention
 
     async def register_ignoring(self, key: int) -> None:
         """REGISTER AND IGNORE EXISTING KEY."""
@@ -184,10 +189,14 @@ class IscsiDevice(BlockDevice):
         return max(length - completion.residual, 0)
 
     async def _ready(self, what: str) -> Task:
-        """A checkpoint if cancelled; raises `OutcomeUnknown` if the nexus is lost."""
+        """A checkpoint if cancelled; raises `OutcomeUnknown` if the nexus is lost, and a unit
+        attention that is still to be told."""
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._nexus.lost.is_set() or self._nexus.leaving:
             raise self._unknown(what)
+        if self._attention is not None:
+            attention, self._attention = self._attention, None
+            raise replace(attention, what=what)
         return current_task()
 
     def _unknown(self, what: str) -> OutcomeUnknown:
@@ -291,9 +300,9 @@ class IscsiDevice(BlockDevice):
         most = limits.max_unmap_extents or _MAX_UNMAP_EXTENTS
         self._max_unmap_extents = min(most, _MAX_UNMAP_EXTENTS)
 
-    async def _ask_cache(self, deadline: float) -> None:
+    async def _ask_cache(self, deadline: float, attentions: int = _ATTENTIONS) -> None:
         """Find out whether the target may lose what was written, as far as it lets us now."""
-        extended = await self._ask_page(scsi.VPD_EXTENDED, deadline)
+        extended = await self._ask_page(scsi.VPD_EXTENDED, deadline, attentions)
         enabled: bool | None = None
         if scsi.parse_cache_non_volatile(extended):
             enabled = False
@@ -301,33 +310,42 @@ class IscsiDevice(BlockDevice):
             try:
                 cdb = scsi.mode_sense_caching(192)
                 enabled = scsi.parse_write_cache_enabled(
-                    await self._ask("MODE SENSE", cdb, 192, deadline)
+                    await self._ask("MODE SENSE", cdb, 192, deadline, attentions)
                 )
+            except UnitAttention:
+                raise
             except TargetRefused:
                 return  # not registered yet, or no such page: volatile it is
         if enabled is not None:
             self._cache_known = True
             self.identity = replace(self.identity, volatile_cache=enabled)
 
-    async def _ask_page(self, page: int, deadline: float) -> bytes:
+    async def _ask_page(self, page: int, deadline: float, attentions: int = _ATTENTIONS) -> bytes:
         try:
             cdb = scsi.inquiry(_INQUIRY_BYTES, page)
-            data = await self._ask(f"INQUIRY page {page:02X}h", cdb, _INQUIRY_BYTES, deadline)
+            what = f"INQUIRY page {page:02X}h"
+            data = await self._ask(what, cdb, _INQUIRY_BYTES, deadline, attentions)
         except IllegalRequest:
             return b""
         return scsi.vpd_body(data, page)
 
-    async def _ask(self, what: str, cdb: bytes, length_bytes: int, deadline: float) -> bytes:
+    async def _ask(
+        self,
+        what: str,
+        cdb: bytes,
+        length_bytes: int,
+        deadline: float,
+        attentions: int = _ATTENTIONS,
+    ) -> bytes:
         """A question that changes nothing, asked again when a unit attention comes in between."""
-        attentions = 0
         while True:
             try:
                 limit_ms = milliseconds_until(deadline)
                 return await self._receive(what, cdb, length_bytes, limit_ms)
             except UnitAttention:
-                attentions += 1
-                if attentions > _ATTENTIONS:
+                if not attentions:
                     raise
+                attentions -= 1
 
 
 def _parsed(what: str, parse: Callable[[bytes], _T], data: bytes) -> _T:

@@ -84,6 +84,7 @@ _KEY_WORDS = (
 )
 _NOT_READY, _MEDIUM, _ILLEGAL, _ATTENTION, _PROTECT = 2, 3, 5, 6, 7
 _ASC_SPACE = 0x2707
+_ASC_SOON_READY = (0x0401, 0x040A)
 
 _ASC_WORDS = {
     0x0401: "the LUN is becoming ready",
@@ -171,6 +172,10 @@ def refusal(what: str, status: int, sense_data: bytes) -> TargetRefused:
     )
     if sense.key == _PROTECT and sense.asc_ascq == _ASC_SPACE:
         kind = SpaceExhausted
+    elif sense.key == _NOT_READY and sense.asc_ascq in _ASC_SOON_READY:
+        kind = TargetBusy  # an array that fails over to its other controller
+    if sense.deferred:
+        kind = TargetRefused  # not these bytes are lost, but others that were acknowledged
     return kind(
         what, status=status, sense_key=sense.key, asc_ascq=sense.asc_ascq, words=sense.words
     )

@@ -151,12 +151,18 @@ cdef class Session:
             PyErr_SetFromErrno(OSError)
 
     def __dealloc__(self):
-        if self._session != NULL:
-            with nogil:
-                csv_session_close(self._session)
-            self._reap_into(None)
-            csv_session_free(self._session)
-            self._session = NULL
+        self._end(None)
+
+    cdef int _end(self, list ended) except -1:
+        cdef csv_session *session = self._session
+        if session == NULL:
+            return 0
+        self._session = NULL  # to other threads it is closed from here on
+        with nogil:
+            csv_session_close(session)
+        self._reap_into(session, ended)
+        csv_session_free(session)
+        return 0
 
     cdef pinned_request *_new(self, csv_op op, object buffer, int flags, object token) except NULL:
         cdef pinned_request *pinned
@@ -255,8 +261,8 @@ cdef class Session:
         pinned.request.timeout_ms = limit_ms
         self._submit(pinned)
 
-    cdef int _reap_into(self, list ended) except -1:
-        cdef csv_request *request = csv_session_reap(self._session)
+    cdef int _reap_into(self, csv_session *session, list ended) except -1:
+        cdef csv_request *request = csv_session_reap(session)
         cdef csv_request *later
         cdef pinned_request *pinned
         while request != NULL:
@@ -274,7 +280,7 @@ cdef class Session:
     def reap(self):
         cdef list ended = []
         if self._session != NULL:
-            self._reap_into(ended)
+            self._reap_into(self._session, ended)
         return ended
 
     def abort(self):
@@ -283,12 +289,7 @@ cdef class Session:
 
     def close(self):
         cdef list ended = []
-        if self._session != NULL:
-            with nogil:
-                csv_session_close(self._session)
-            self._reap_into(ended)
-            csv_session_free(self._session)
-            self._session = NULL
+        self._end(ended)
         return ended
 
     def fileno(self):

@@ -1,5 +1,6 @@
 /* What became of the commands on the wire: answers, refusals, and what nobody will answer any more. */
 #include <poll.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "internal.h"
@@ -16,17 +17,17 @@ static void release_piece(struct csv_session *session, struct csv_piece *piece)
 {
     if (piece->previous)
         piece->previous->next = piece->next;
-    else
+    else {
         session->oldest = piece->next;
+        session->oldest_since_ms = session->now_ms;
+    }
     if (piece->next)
         piece->next->previous = piece->previous;
     else
         session->newest = piece->previous;
-    if (piece->task)
-        scsi_free_scsi_task(piece->task);
     session->answered -= piece->answered;
     piece->answered = false;
-    piece->task = NULL;
+    piece->data = (struct scsi_iovec){0};
     piece->request = NULL;
     piece->next = session->free_pieces;
     session->free_pieces = piece;
@@ -52,7 +53,7 @@ static void end_piece(struct csv_piece *piece)
 }
 
 /* libiscsi still has something to send. */
-static bool unsent(struct csv_session *session)
+bool csv_unsent(struct csv_session *session)
 {
     return iscsi_which_events(session->context) & POLLOUT ||
            iscsi_out_queue_length(session->context) > 0;
@@ -62,13 +63,31 @@ static bool unsent(struct csv_session *session)
  * libiscsi 1.19 keeps Data-Out PDUs that point into the task and the caller's buffer. */
 void csv_settle(struct csv_session *session)
 {
-    if (!session->answered || session->losing || unsent(session))
+    if (!session->answered || session->losing || csv_unsent(session))
         return;
     for (struct csv_piece *piece = session->oldest, *later; piece; piece = later) {
         later = piece->next;
         if (piece->answered)
             end_piece(piece);
     }
+}
+
+/* GOOD, but was everything transferred? False if that cannot be told. */
+static bool take_good(struct csv_piece *piece)
+{
+    struct csv_session *session = piece->session;
+    struct csv_request *request = piece->request;
+    const struct scsi_task *task = piece->task;
+    size_t length = piece->data.iov_len;
+    bool blocks = request->op == CSV_READ || request->op == CSV_WRITE;
+
+    if (task->residual_status == SCSI_RESIDUAL_UNDERFLOW)
+        request->residual += (uint32_t)(task->residual < length ? task->residual : length);
+    else if (task->residual_status == SCSI_RESIDUAL_OVERFLOW && blocks)
+        return false; /* its blocks are not as long as ours */
+    else if (request->op == CSV_READ)
+        return memcmp(csv_last_bytes(piece), &session->no_data, sizeof session->no_data) != 0;
+    return true;
 }
 
 static void take_refusal(struct csv_request *request, int status, const struct scsi_task *task)
@@ -99,9 +118,10 @@ void csv_on_scsi(struct iscsi_context *context, int status, void *data, void *pr
     switch (status) {
     case SCSI_STATUS_GOOD:
     case SCSI_STATUS_CONDITION_MET:
-        if (piece->task->residual_status == SCSI_RESIDUAL_UNDERFLOW)
-            request->residual += (uint32_t)piece->task->residual;
-        break;
+        if (take_good(piece))
+            break;
+        csv_lose(session, "the target sent GOOD, but not the data");
+        return;
     case SCSI_STATUS_CHECK_CONDITION:
     case SCSI_STATUS_BUSY:
     case SCSI_STATUS_RESERVATION_CONFLICT:
@@ -109,16 +129,16 @@ void csv_on_scsi(struct iscsi_context *context, int status, void *data, void *pr
     case SCSI_STATUS_ACA_ACTIVE:
     case SCSI_STATUS_TASK_ABORTED:
         take_refusal(request, status, piece->task);
+        snprintf(session->answered_text, sizeof session->answered_text, "%s",
+                 iscsi_get_error(context));
         break;
-    default: /* cancelled, rejected, garbled: the target may or may not have done it */
-        request->outcome = CSV_UNKNOWN;
-        csv_lose(session, "%s", iscsi_get_error(context));
-        break;
+    default: /* cancelled, rejected, garbled; csv_fail_everything ends it */
+        csv_lose_context(session);
+        return;
     }
-    if (request->outcome != CSV_UNKNOWN)
-        atomic_fetch_add_explicit(&session->commands, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&session->commands, 1, memory_order_relaxed);
     if (request->outcome == CSV_REFUSED && piece->task->xfer_dir == SCSI_XFER_WRITE &&
-        unsent(session)) {
+        csv_unsent(session)) {
         piece->answered = true;
         session->answered++;
         return;
@@ -129,14 +149,14 @@ void csv_on_scsi(struct iscsi_context *context, int status, void *data, void *pr
 void csv_on_task_management(struct iscsi_context *context, int status, void *data, void *private)
 {
     struct csv_piece *piece = private;
+    (void)context;
 
-    if (status == SCSI_STATUS_GOOD && data) {
-        piece->request->status = (int)(*(uint32_t *)data & 0xff);
-        piece->request->outcome = piece->request->status ? CSV_REFUSED : CSV_DONE;
-    } else {
-        piece->request->outcome = CSV_UNKNOWN;
-        csv_lose(piece->session, "%s", iscsi_get_error(context));
+    if (status != SCSI_STATUS_GOOD || !data) {
+        csv_lose_context(piece->session);
+        return;
     }
+    piece->request->status = (int)(*(uint32_t *)data & 0xff);
+    piece->request->outcome = piece->request->status ? CSV_REFUSED : CSV_DONE;
     end_piece(piece);
 }
 
@@ -147,7 +167,11 @@ void csv_on_logout(struct iscsi_context *context, int status, void *data, void *
     (void)context;
     (void)data;
 
-    piece->request->outcome = status == SCSI_STATUS_GOOD ? CSV_DONE : CSV_UNKNOWN;
+    if (status != SCSI_STATUS_GOOD) {
+        csv_lose_context(session);
+        return;
+    }
+    session->logged_out = true;
     end_piece(piece);
     csv_lose(session, "logged out");
 }
@@ -155,21 +179,41 @@ void csv_on_logout(struct iscsi_context *context, int status, void *data, void *
 void csv_on_ping(struct iscsi_context *context, int status, void *data, void *private)
 {
     struct csv_session *session = private;
+    (void)context;
     (void)data;
 
     session->ping_out = false;
     if (status == SCSI_STATUS_GOOD)
         atomic_fetch_add_explicit(&session->pings, 1, memory_order_relaxed);
     else
-        csv_lose(session, "%s", iscsi_get_error(context));
+        csv_lose_context(session);
 }
 
 /* -- giving up -------------------------------------------------------------------------------- */
+
+/* A target that is slow answers one command after the other, however many wait before ours: so
+ * `command_timeout_ms` counts from when a command is the oldest. */
+static uint64_t stuck_at_ms(const struct csv_session *session)
+{
+    if (!session->oldest || session->oldest->deadline_ms != UINT64_MAX)
+        return UINT64_MAX;
+    return session->oldest_since_ms + session->config.command_timeout_ms;
+}
+
+uint64_t csv_next_deadline_ms(const struct csv_session *session)
+{
+    uint64_t stuck_ms = stuck_at_ms(session);
+    return stuck_ms < session->earliest_deadline_ms ? stuck_ms : session->earliest_deadline_ms;
+}
 
 void csv_check_deadlines(struct csv_session *session)
 {
     uint64_t earliest_ms = UINT64_MAX;
 
+    if (session->now_ms >= stuck_at_ms(session)) {
+        csv_lose(session, "a command had no answer in time");
+        return;
+    }
     if (session->now_ms < session->earliest_deadline_ms)
         return;
     for (struct csv_piece *piece = session->oldest; piece; piece = piece->next) {
@@ -186,8 +230,11 @@ void csv_check_deadlines(struct csv_session *session)
 /* This host did not run for so long: the target shall not be blamed for it. */
 void csv_forgive(struct csv_session *session, uint64_t slept_ms)
 {
-    for (struct csv_piece *piece = session->oldest; piece; piece = piece->next)
-        piece->deadline_ms += slept_ms;
+    for (struct csv_piece *piece = session->oldest; piece; piece = piece->next) {
+        if (piece->deadline_ms != UINT64_MAX)
+            piece->deadline_ms += slept_ms;
+    }
+    session->oldest_since_ms += slept_ms;
     session->login_deadline_ms += slept_ms;
     session->heard_ms = session->now_ms;
 }

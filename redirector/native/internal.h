@@ -4,12 +4,15 @@
 #define CSVFS_INTERNAL_H
 
 #include <pthread.h>
+#include <sys/types.h>
 
 #include <iscsi/iscsi.h>
 #include <iscsi/scsi-lowlevel.h>
 
 #include "queue.h"
 #include "session.h"
+
+enum { CSV_WIDEN_LEAST_MS = 1000 };
 
 enum csv_phase {
     CSV_CONNECTING, /* until the target's answer to the login */
@@ -22,9 +25,11 @@ struct csv_piece {
     struct csv_piece *previous, *next; /* in flight, oldest first; or free, by `next` */
     struct csv_session *session;
     struct csv_request *request;
-    struct scsi_task *task; /* NULL for task management and logout */
+    /* Made once and used again: libiscsi's PDUs point to the task, it to `data`, so both live as long
+     * as the context, and a free piece has no data that a broken target could still ask for. */
+    struct scsi_task *task;
     struct scsi_iovec data;
-    uint64_t deadline_ms;
+    uint64_t deadline_ms; /* UINT64_MAX: as long as commands issued before it are answered */
     bool answered; /* refused, but libiscsi may still hold Data-Out PDUs that point to its data */
 };
 
@@ -49,16 +54,24 @@ struct csv_session {
     uint32_t answered; /* pieces in flight that are */
     uint32_t window;  /* in_flight stays below */
     uint32_t proven;  /* so many in flight never met a closed window */
-    uint64_t widen_at_ms;
-    uint64_t earliest_deadline_ms; /* a lower bound; UINT64_MAX if nothing is in flight */
+    uint64_t widen_at_ms, widen_every_ms;
+    uint64_t earliest_deadline_ms; /* of any piece, a lower bound */
+    uint64_t oldest_since_ms;      /* when `oldest` became the oldest */
+    uint64_t no_data; /* what the end of a READ's buffer holds until data comes; random */
     uint32_t block_bytes, max_transfer_bytes; /* set by the owner before the first READ */
 
     uint64_t now_ms, heard_ms; /* the last byte from the target */
+    uint64_t sent_ms;          /* the last time the socket took data after it had been full */
     bool ping_out;
-    uint64_t ping_sent_ms;
+    uint64_t ping_sent_ms; /* or when something was last seen to move before it */
+    uint64_t watch_at_ms;  /* look again whether it does */
+    int queued_bytes;
+    bool logged_out;
+    char answered_text[CSV_TEXT_BYTES]; /* libiscsi's words for the last refusal; it keeps them */
 
     /* Shared with other threads. */
     pthread_t thread;
+    pid_t process; /* that has the thread: a forked child has none */
     bool joined;
     int submit_fd, complete_fd;
     struct csv_queue submitted, completed;
@@ -72,12 +85,19 @@ struct csv_session {
 /* session.c */
 void csv_lose(struct csv_session *session, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
+void csv_lose_context(struct csv_session *session);
 void csv_finish(struct csv_session *session, struct csv_request *request);
 
 /* login.c */
 bool csv_login_start(struct csv_session *session);
 void csv_login_redirect(struct csv_session *session);
 void csv_context_destroy(struct csv_session *session);
+
+/* Where the data of a READ ends. */
+static inline char *csv_last_bytes(const struct csv_piece *piece)
+{
+    return (char *)piece->data.iov_base + piece->data.iov_len - sizeof piece->session->no_data;
+}
 
 /* issue.c */
 void csv_enqueue(struct csv_session *session, struct csv_request *request);
@@ -91,7 +111,9 @@ void csv_on_task_management(struct iscsi_context *context, int status, void *dat
 void csv_on_logout(struct iscsi_context *context, int status, void *data, void *private);
 void csv_on_ping(struct iscsi_context *context, int status, void *data, void *private);
 void csv_show_in_flight(struct csv_session *session);
+bool csv_unsent(struct csv_session *session);
 void csv_settle(struct csv_session *session);
+uint64_t csv_next_deadline_ms(const struct csv_session *session);
 void csv_check_deadlines(struct csv_session *session);
 void csv_forgive(struct csv_session *session, uint64_t slept_ms);
 void csv_fail_everything(struct csv_session *session);

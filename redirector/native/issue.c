@@ -3,12 +3,13 @@
  * The window. A command beyond the target's MaxCmdSN would wait inside libiscsi, where it blocks the
  * pings behind it. libiscsi does not show MaxCmdSN, only that its queue does not move though the
  * socket would take more. So a number of commands in flight that was never tried is approached one
- * by one; when the window closes, the session stays two below it (one place for a ping), and dares a
- * little more every second.
+ * by one; when the window closes, the session stays two below it (one place for a ping), and dares
+ * more after a time that grows while that fails: with a command held back no ping gets through.
  */
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -16,7 +17,7 @@
 
 enum {
     PING_RESERVE = 2,
-    WIDEN_EVERY_MS = 1000,
+    WIDEN_MOST_MS = 64000,
     READ_16 = 0x88,
     WRITE_16 = 0x8a,
     FUA_BIT = 0x08,
@@ -48,21 +49,20 @@ void csv_drop_pending_head(struct csv_session *session)
 static struct csv_piece *new_piece(struct csv_session *session, struct csv_request *request)
 {
     struct csv_piece *piece = session->free_pieces;
-    uint32_t timeout_ms =
-        request->timeout_ms ? request->timeout_ms : session->config.command_timeout_ms;
 
     session->free_pieces = piece->next;
     piece->request = request;
-    piece->task = NULL;
-    piece->deadline_ms = session->now_ms + timeout_ms;
+    piece->deadline_ms = request->timeout_ms ? session->now_ms + request->timeout_ms : UINT64_MAX;
     if (piece->deadline_ms < session->earliest_deadline_ms)
         session->earliest_deadline_ms = piece->deadline_ms;
     piece->next = NULL;
     piece->previous = session->newest;
-    if (session->newest)
+    if (session->newest) {
         session->newest->next = piece;
-    else
+    } else {
         session->oldest = piece;
+        session->oldest_since_ms = session->now_ms;
+    }
     session->newest = piece;
     session->in_flight++;
     request->outstanding++;
@@ -92,6 +92,30 @@ static void next_block_command(struct csv_session *session, struct csv_request *
     store_be(cdb + 10, *bytes / session->block_bytes, 4);
 }
 
+static bool prepare_task(struct csv_piece *piece, uint8_t *cdb, int cdb_bytes,
+                         enum csv_direction direction)
+{
+    int bytes = (int)piece->data.iov_len;
+    int way = direction == CSV_DATA_IN    ? SCSI_XFER_READ
+              : direction == CSV_DATA_OUT ? SCSI_XFER_WRITE
+                                          : SCSI_XFER_NONE;
+    struct scsi_task *task = piece->task;
+
+    if (!task) {
+        task = piece->task = scsi_create_task(cdb_bytes, cdb, way, bytes);
+        if (!task)
+            return false;
+    }
+    free(task->datain.data);
+    *task = (struct scsi_task){.cdb_size = cdb_bytes, .xfer_dir = way, .expxferlen = bytes};
+    memcpy(task->cdb, cdb, (size_t)cdb_bytes);
+    if (direction == CSV_DATA_IN)
+        scsi_task_set_iov_in(task, &piece->data, 1);
+    else if (direction == CSV_DATA_OUT)
+        scsi_task_set_iov_out(task, &piece->data, 1);
+    return true;
+}
+
 static bool issue_scsi(struct csv_session *session, struct csv_request *request)
 {
     struct csv_piece *piece = new_piece(session, request);
@@ -110,19 +134,11 @@ static bool issue_scsi(struct csv_session *session, struct csv_request *request)
     piece->data.iov_base = (char *)request->buffer + request->issued;
     piece->data.iov_len = bytes;
     request->issued += bytes;
-    piece->task = scsi_create_task(cdb_bytes, cdb,
-                                   direction == CSV_DATA_IN    ? SCSI_XFER_READ
-                                   : direction == CSV_DATA_OUT ? SCSI_XFER_WRITE
-                                                               : SCSI_XFER_NONE,
-                                   (int)bytes);
-    if (!piece->task)
-        return false;
-    if (direction == CSV_DATA_IN)
-        scsi_task_set_iov_in(piece->task, &piece->data, 1);
-    else if (direction == CSV_DATA_OUT)
-        scsi_task_set_iov_out(piece->task, &piece->data, 1);
-    return iscsi_scsi_command_async(session->context, (int)session->config.lun, piece->task, csv_on_scsi,
-                                    NULL, piece) == 0;
+    if (request->op == CSV_READ)
+        memcpy(csv_last_bytes(piece), &session->no_data, sizeof session->no_data);
+    return prepare_task(piece, cdb, cdb_bytes, direction) &&
+           iscsi_scsi_command_async(session->context, (int)session->config.lun, piece->task,
+                                    csv_on_scsi, NULL, piece) == 0;
 }
 
 static bool issue_one(struct csv_session *session, struct csv_request *request)
@@ -143,7 +159,7 @@ static bool issue_one(struct csv_session *session, struct csv_request *request)
 static bool push_out(struct csv_session *session)
 {
     if (iscsi_service(session->context, POLLOUT) < 0) {
-        csv_lose(session, "%s", iscsi_get_error(session->context));
+        csv_lose_context(session);
         return false;
     }
     if (session->losing)
@@ -154,7 +170,10 @@ static bool push_out(struct csv_session *session)
         uint32_t sent = session->in_flight > (uint32_t)queued ? session->in_flight - queued : 0;
         session->window = sent > PING_RESERVE ? sent - PING_RESERVE : 1;
         session->proven = session->window < session->proven ? session->window : session->proven;
-        session->widen_at_ms = session->now_ms + WIDEN_EVERY_MS;
+        session->widen_every_ms *= 4;
+        if (session->widen_every_ms > WIDEN_MOST_MS)
+            session->widen_every_ms = WIDEN_MOST_MS;
+        session->widen_at_ms = session->now_ms + session->widen_every_ms;
     }
     return !wants_socket && queued == 0;
 }
@@ -163,8 +182,12 @@ static void widen_window(struct csv_session *session)
 {
     if (session->window >= session->config.max_in_flight || session->now_ms < session->widen_at_ms)
         return;
-    session->window++;
-    session->widen_at_ms = session->now_ms + WIDEN_EVERY_MS;
+    session->window += session->window / 4 + 1;
+    if (session->window > session->config.max_in_flight)
+        session->window = session->config.max_in_flight;
+    session->widen_at_ms = session->now_ms + session->widen_every_ms;
+    if (session->widen_every_ms > CSV_WIDEN_LEAST_MS)
+        session->widen_every_ms /= 2;
 }
 
 /* Several small PDUs, or a command and its data, are one segment and one wake-up of the target. */
@@ -190,7 +213,7 @@ static void issue_pending(struct csv_session *session)
         if (request->issued == request->length)
             csv_drop_pending_head(session);
         if (!sent) {
-            csv_lose(session, "%s", iscsi_get_error(session->context));
+            csv_lose_context(session);
             return;
         }
         waiting = true;
@@ -222,9 +245,11 @@ void csv_issue(struct csv_session *session)
 void csv_ping(struct csv_session *session)
 {
     if (iscsi_nop_out_async(session->context, csv_on_ping, NULL, 0, session)) {
-        csv_lose(session, "%s", iscsi_get_error(session->context));
+        csv_lose_context(session);
         return;
     }
     session->ping_out = true;
     session->ping_sent_ms = session->now_ms;
+    session->watch_at_ms = session->now_ms + session->config.ping_timeout_ms / 4;
+    session->queued_bytes = 0;
 }

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 #include "internal.h"
 
@@ -67,7 +68,7 @@ static void on_login(struct iscsi_context *context, int status, void *data, void
     }
     if (status != SCSI_STATUS_GOOD) {
         session->login->status = login_status(iscsi_get_error(context));
-        csv_lose(session, "%s", iscsi_get_error(context));
+        csv_lose_context(session);
         return;
     }
     struct csv_request *login = session->login;
@@ -86,7 +87,7 @@ static void on_connect(struct iscsi_context *context, int status, void *data, vo
     if (session->destroying || session->losing || session->phase != CSV_CONNECTING)
         return; /* libiscsi calls a second time when the connection closes */
     if (status != SCSI_STATUS_GOOD || iscsi_login_async(context, on_login, session))
-        csv_lose(session, "%s", iscsi_get_error(context));
+        csv_lose_context(session);
 }
 
 bool csv_login_start(struct csv_session *session)
@@ -111,11 +112,21 @@ bool csv_login_start(struct csv_session *session)
     iscsi_set_initiator_username_pwd(context, session->user[0] ? session->user : "anonymous",
                                      session->user[0] ? session->password : "anonymous");
     if (iscsi_connect_async(context, session->portal, on_connect, session)) {
-        csv_lose(session, "%s", iscsi_get_error(context));
+        csv_lose_context(session);
         return false;
     }
     fcntl(iscsi_get_fd(context), F_SETFD, FD_CLOEXEC); /* a child must not keep the nexus alive */
     return true;
+}
+
+/* A connection that is merely closed goes on to send what the kernel still holds, and stays while a
+ * forked child has its descriptor. This one is reset. */
+static void drop_connection(struct csv_session *session)
+{
+    struct sockaddr nowhere = {.sa_family = AF_UNSPEC};
+
+    if (!session->logged_out)
+        connect(iscsi_get_fd(session->context), &nowhere, sizeof nowhere);
 }
 
 void csv_context_destroy(struct csv_session *session)
@@ -123,9 +134,23 @@ void csv_context_destroy(struct csv_session *session)
     if (!session->context)
         return;
     session->destroying = true;
+    drop_connection(session);
     iscsi_destroy_context(session->context);
     session->destroying = false;
     session->context = NULL;
+    for (int i = 0; i < CSV_MAX_IN_FLIGHT; i++) {
+        if (session->pieces[i].task)
+            scsi_free_scsi_task(session->pieces[i].task);
+        session->pieces[i].task = NULL;
+    }
+}
+
+/* libiscsi would look a name up in this thread, for as long as that takes. */
+static bool numeric(const char *portal)
+{
+    if (portal[0] == '[')
+        return portal[1 + strspn(portal + 1, "0123456789abcdefABCDEF:.")] == ']';
+    return portal[strspn(portal, "0123456789.:,")] == '\0';
 }
 
 /* The target asks to log in at another portal of its (RFC 7143 11.13.5, status class 1). */
@@ -137,6 +162,10 @@ void csv_login_redirect(struct csv_session *session)
     snprintf(portal, sizeof portal, "%s", iscsi_get_target_address(session->context));
     if (!portal[0] || ++session->redirects > MAX_REDIRECTS) {
         csv_lose(session, "the target redirects without end");
+        return;
+    }
+    if (!numeric(portal)) {
+        csv_lose(session, "the target redirects to %.200s, which is no IP address", portal);
         return;
     }
     csv_context_destroy(session);

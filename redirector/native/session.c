@@ -3,11 +3,13 @@
  * Invariants
  *   - only the thread touches the libiscsi context; callbacks never destroy it, they call csv_lose
  *   - a request is in exactly one place: submitted, pending, on the wire (outstanding > 0), completed
+ *   - a request whose outcome is unknown comes back only when the context is gone
  *   - in_flight <= window <= config.max_in_flight <= CSV_MAX_IN_FLIGHT
  *   - after `lost` nothing is on the wire, and what is submitted comes back as CSV_UNKNOWN
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/sockios.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -15,6 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -59,6 +63,16 @@ void csv_lose(struct csv_session *session, const char *format, ...)
     va_end(arguments);
 }
 
+/* With libiscsi's reason, unless that is left over from a command that was answered. */
+void csv_lose_context(struct csv_session *session)
+{
+    const char *text = session->context ? iscsi_get_error(session->context) : "";
+
+    if (!text[0] || !strcmp(text, session->answered_text))
+        text = "the connection was closed";
+    csv_lose(session, "%s", text);
+}
+
 /* The request leaves the session. */
 void csv_finish(struct csv_session *session, struct csv_request *request)
 {
@@ -95,18 +109,25 @@ static void take_submissions(struct csv_session *session)
         csv_fail_everything(session);
 }
 
+/* When the target will have been silent for too long after a ping. */
+static uint64_t silence_ends_ms(const struct csv_session *session)
+{
+    uint64_t since_ms =
+        session->heard_ms > session->ping_sent_ms ? session->heard_ms : session->ping_sent_ms;
+    return since_ms + session->config.ping_timeout_ms;
+}
+
 static int poll_timeout_ms(const struct csv_session *session)
 {
-    uint64_t wake_ms = session->earliest_deadline_ms;
+    uint64_t wake_ms = csv_next_deadline_ms(session);
 
     if (session->phase == CSV_CONNECTING)
         wake_ms = session->login_deadline_ms;
     if (session->phase == CSV_UP && session->config.ping_interval_ms) {
         uint64_t ping_ms = session->heard_ms + session->config.ping_interval_ms;
         if (session->ping_out) {
-            uint64_t since = session->heard_ms > session->ping_sent_ms ? session->heard_ms
-                                                                       : session->ping_sent_ms;
-            ping_ms = since + session->config.ping_timeout_ms;
+            ping_ms = silence_ends_ms(session);
+            ping_ms = ping_ms < session->watch_at_ms ? ping_ms : session->watch_at_ms;
         }
         if (ping_ms < wake_ms)
             wake_ms = ping_ms;
@@ -147,13 +168,33 @@ static void wait_and_serve(struct csv_session *session)
         drain(session->submit_fd);
     if (count == 2 && fds[1].revents) {
         short events = fds[1].revents;
+        if (events & POLLOUT)
+            session->sent_ms = session->now_ms;
         if (events & POLLIN) {
             session->heard_ms = session->now_ms;
             events &= POLLIN | POLLOUT; /* read what is there before looking at a hang-up */
         }
         if (iscsi_service(session->context, events) < 0)
-            csv_lose(session, "%s", iscsi_get_error(session->context));
+            csv_lose_context(session);
+        else if (session->phase == CSV_UP && !iscsi_is_logged_in(session->context))
+            csv_lose(session, "the target asked for a logout");
     }
+}
+
+/* A ping waits its turn, behind data that goes out slowly, or behind a command for which the target's
+ * window is closed. Its time counts from when nothing was seen to move before it. */
+static void watch_ping(struct csv_session *session)
+{
+    int queued = 0; /* in the kernel, not yet acknowledged */
+    bool unsent = csv_unsent(session);
+    bool closed = unsent && !(iscsi_which_events(session->context) & POLLOUT);
+
+    ioctl(iscsi_get_fd(session->context), SIOCOUTQ, &queued);
+    if (closed || queued < session->queued_bytes ||
+        (unsent && session->sent_ms > session->ping_sent_ms))
+        session->ping_sent_ms = session->now_ms;
+    session->queued_bytes = queued;
+    session->watch_at_ms = session->now_ms + session->config.ping_timeout_ms / 4;
 }
 
 static void check_timers(struct csv_session *session)
@@ -172,9 +213,9 @@ static void check_timers(struct csv_session *session)
             csv_ping(session);
         return;
     }
-    uint64_t since =
-        session->heard_ms > session->ping_sent_ms ? session->heard_ms : session->ping_sent_ms;
-    if (session->now_ms >= since + config->ping_timeout_ms)
+    if (session->now_ms >= session->watch_at_ms)
+        watch_ping(session);
+    if (session->now_ms >= silence_ends_ms(session))
         csv_lose(session, "the target has been silent for %llu ms",
                  (unsigned long long)(session->now_ms - session->heard_ms));
 }
@@ -264,7 +305,13 @@ struct csv_session *csv_session_open(const struct csv_config *config, struct csv
     session->login = login;
     session->window = config->max_in_flight;
     session->proven = 1;
+    session->widen_every_ms = CSV_WIDEN_LEAST_MS;
     session->earliest_deadline_ms = UINT64_MAX;
+    session->process = getpid();
+    if (getrandom(&session->no_data, sizeof session->no_data, 0) != sizeof session->no_data) {
+        error = errno;
+        goto failed;
+    }
     for (int i = CSV_MAX_IN_FLIGHT - 1; i >= 0; i--) {
         session->pieces[i].session = session;
         session->pieces[i].next = session->free_pieces;
@@ -340,10 +387,24 @@ void csv_session_statistics(struct csv_session *session, struct csv_statistics *
     statistics->window = (uint32_t)atomic_load(&session->shown_window);
 }
 
+static void close_descriptors(struct csv_session *session)
+{
+    if (session->submit_fd >= 0)
+        close(session->submit_fd);
+    if (session->complete_fd >= 0)
+        close(session->complete_fd);
+    session->submit_fd = session->complete_fd = -1;
+}
+
 void csv_session_close(struct csv_session *session)
 {
     if (session->joined)
         return;
+    if (session->process != getpid()) { /* a read here would swallow a wake-up of the parent */
+        close_descriptors(session);
+        session->joined = true;
+        return;
+    }
     atomic_store(&session->close_wanted, true);
     wake(session->submit_fd);
     pthread_join(session->thread, NULL);
@@ -353,10 +414,7 @@ void csv_session_close(struct csv_session *session)
 void csv_session_free(struct csv_session *session)
 {
     csv_session_close(session);
-    if (session->submit_fd >= 0)
-        close(session->submit_fd);
-    if (session->complete_fd >= 0)
-        close(session->complete_fd);
+    close_descriptors(session);
     explicit_bzero(session->password, sizeof session->password);
     free(session);
 }

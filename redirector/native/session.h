@@ -58,7 +58,7 @@ struct csv_request {
     uint64_t lba;       /* CSV_READ, CSV_WRITE */
     void *buffer;       /* NULL if there is no data */
     uint32_t length;    /* of the buffer, bytes; a multiple of the block for READ and WRITE */
-    uint32_t timeout_ms; /* from when it is issued; 0: the session's command_timeout_ms */
+    uint32_t timeout_ms; /* from when it is issued; 0: command_timeout_ms, as that says */
 
     /* What came of it. */
     enum csv_outcome outcome;
@@ -83,9 +83,9 @@ struct csv_config {
     uint32_t lun;         /* at most 16383 */
     bool header_digest;          /* insist on CRC32C header digests */
     uint32_t login_timeout_ms;   /* connect and login together */
-    uint32_t command_timeout_ms; /* an unanswered command makes the session lost */
+    uint32_t command_timeout_ms; /* so long without an answer to the oldest command, it is lost */
     uint32_t ping_interval_ms;   /* NOP-Out after so long without a byte from the target; 0: never */
-    uint32_t ping_timeout_ms;    /* so long after a ping without a byte, the session is lost */
+    uint32_t ping_timeout_ms;    /* so long after a ping left without a byte, it is lost */
     uint32_t max_in_flight;      /* at most CSV_MAX_IN_FLIGHT; the target's window may be smaller */
 };
 
@@ -111,7 +111,7 @@ void csv_session_set_geometry(struct csv_session *session, uint32_t block_bytes,
 
 void csv_session_submit(struct csv_session *session, struct csv_request *request);
 
-/* Readable as soon as csv_session_reap has something, or the session was lost. */
+/* Readable as soon as csv_session_reap has something, or the session was lost: ask for both. */
 int csv_session_fd(const struct csv_session *session);
 
 /* The requests that ended, in the order in which they did, linked by `next`. One thread at a time. */
@@ -128,7 +128,8 @@ const char *csv_session_text(const struct csv_session *session);
 
 void csv_session_statistics(struct csv_session *session, struct csv_statistics *statistics);
 
-/* Abort if need be and end the thread: takes microseconds, not round trips. Requests that ended can
+/* (In a forked child, which has no such thread, this only closes its descriptors.)
+ * Abort if need be and end the thread: takes microseconds, not round trips. Requests that ended can
  * still be reaped, and must be, before csv_session_free. */
 void csv_session_close(struct csv_session *session);
 void csv_session_free(struct csv_session *session);

@@ -73,7 +73,15 @@ def test_status_without_sense(status: int, kind: type[TargetRefused], words: str
 def test_deferred_sense_is_of_an_earlier_command() -> None:
     for data in (fixed(3, 0x0C00, 0x71), descriptor(3, 0x0C00, 0x73)):
         assert scsi.parse_sense(data) == scsi.Sense(3, 0x0C00, deferred=True)
-        assert "(of an earlier command)" in str(scsi.refusal("READ", 0x02, data))
+        refusal = scsi.refusal("READ", 0x02, data)
+        assert "(of an earlier command)" in str(refusal)
+        assert type(refusal) is TargetRefused  # it is not what was read here that is gone
+
+
+def test_an_array_that_fails_over_is_busy() -> None:
+    for asc_ascq in (0x0401, 0x040A):
+        assert type(scsi.refusal("READ", 0x02, fixed(2, asc_ascq))) is TargetBusy
+    assert type(scsi.refusal("READ", 0x02, fixed(2, 0x0403))) is TargetRefused
 
 
 @given(st.binary(max_size=300))
