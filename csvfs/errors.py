@@ -23,7 +23,7 @@
     `-- VolumeFailed            the node cannot write its journal, or lost the
                                 LUN: every call answers this from now on         EIO
 
-The errno stands here for the reader only: `csvfs.operations` has the one place that maps them.
+The errno stands here for the reader only: `csvfs.answers` has the one place that maps them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,14 +200,20 @@ def test_kill_in_the_middle_of_writing(volume: Tgt, host: Host) -> None:
 
 
 def test_foreground_ends_with_the_mount(volume: Tgt, host: Host) -> None:
+    """As systemd runs it: told when it is ready, stopped by SIGTERM."""
     path = host.mountpoint("fg")
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(host.directory / "notify"))
+    manager.settimeout(60)
     process = subprocess.Popen(
         [CSVCTL, "mount", volume.url, str(path), "--foreground", "--node", host.name],
-        env=host.environment,
+        env=host.environment | {"NOTIFY_SOCKET": str(host.directory / "notify")},
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: mountpoint.find(str(path)) is not None, "the mount")
+    with manager:
+        assert manager.recv(4096).startswith(b"READY=1\nSTATUS=test is mounted at ")
+    assert mountpoint.find(str(path)) is not None
     (path / "file").write_text("x")
     wait_until(lambda: host.csvctl("status", str(path)).stdout.count("MOUNTED") == 1, "its record")
     process.terminate()
@@ -229,6 +237,15 @@ def test_an_idle_daemon_is_small(mnt: Mount) -> None:
     ]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     wait_until(lambda: mnt.status()["memory_bytes"] < 80 << 20, "memory to be given back")
+
+
+def test_the_daemon_is_protected(mnt: Mount) -> None:
+    """As far as this machine allows; the log names what it does not."""
+    status = Path(f"/proc/{mnt.pid}/status").read_text()
+    locked = int(re.search(r"VmLck:\s+(\d+)", status)[1])  # type: ignore[index]  # it is there
+    assert locked > 0 or "swapped out" in mnt.host.log()
+    score = int(Path(f"/proc/{mnt.pid}/oom_score_adj").read_text())
+    assert score == -1000 or "OOM killer" in mnt.host.log()
 
 
 def test_options_of_the_mount(mnt: Mount) -> None:
