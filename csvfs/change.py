@@ -29,7 +29,13 @@ from csvfs.extents import goal as extent_goal
 from csvfs.extents import insert_units, remove_range
 from csvfs.format_block import BLOCKS_PER_UNIT, UNIT_BYTES, BlockType
 from csvfs.format_geometry import Geometry
-from csvfs.format_inode import ORPHAN_VALUE, RECLAIM_VALUE, OrphanKind, ReclaimKind
+from csvfs.format_inode import (
+    ORPHAN_VALUE,
+    RECLAIM_VALUE,
+    InodeFlag,
+    OrphanKind,
+    ReclaimKind,
+)
 from csvfs.inode import MAX_FILE_BYTES, Inode, new_inode
 from csvfs.inode_table import InodeTable
 from csvfs.locks import Resources
@@ -219,6 +225,9 @@ class Change:
     def bury(self, inode: Inode) -> None:
         """Nobody can reach the inode any more: what it owns is to be reclaimed."""
         assert inode.nlink == 0
+        if inode.flags & InodeFlag.TRIMMING:
+            # A truncation that an error had ended: the reclaimer takes out the rest, too.
+            self.settle_truncation(inode.ino)
         self._reclaim(inode.ino, ReclaimKind.INODE, 1)
         self._buried.append(inode.ino)
 
@@ -253,6 +262,11 @@ class Change:
     def remove_orphan(self, ino: int, slot: int | None = None) -> None:
         """What the entry promised was done."""
         self.orphan_list(slot).remove(ino)
+
+    def settle_truncation(self, ino: int, slot: int | None = None) -> None:
+        """Nothing of the inode is left to be trimmed: its TRUNCATE entry goes, if it has one."""
+        if self.orphan_kind(ino, slot) is OrphanKind.TRUNCATE:
+            self.remove_orphan(ino, slot)
 
     def orphan_kind(self, ino: int, slot: int | None = None) -> OrphanKind | None:
         """What the orphan list of a slot says of an inode, None if nothing."""

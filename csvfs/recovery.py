@@ -58,7 +58,7 @@ class Recovery:
         for orphan in await self._orphans(slot):
             try:
                 if orphan.kind == OrphanKind.TRUNCATE:
-                    await self._truncation.finish(orphan.ino, orphan.generation, slot=slot)
+                    await self._trim(orphan, slot)
                     trimmed += 1
                 elif await self._retire(orphan, slot):
                     retired += 1
@@ -86,6 +86,16 @@ class Recovery:
 
         async with engine.locks.acquire(engine.resources.orphans(slot), Mode.PR):
             return await engine.look(body)
+
+    async def _trim(self, orphan: Orphan, slot: int) -> None:
+        """Whoever wrote to the file, or removed it, may have done it since, from another slot."""
+        try:
+            await self._truncation.finish(orphan.ino, orphan.generation, slot=slot)
+        except (NotFound, StaleInode) as error:
+            _log.info("orphan %d of slot %d is gone: %s", orphan.ino, slot, error)
+        await self._engine.change(
+            lambda change: change.settle_truncation(orphan.ino, slot), privileged=True
+        )
 
     async def _retire(self, orphan: Orphan, slot: int) -> bool:
         """Put it onto *this* slot's reclaim list; False if another node has it open."""

@@ -127,8 +127,7 @@ def _trim(change: Change, ino: int, slot: int | None) -> bool:
     if not change.cut(inode, units_of(inode.size)):
         return False
     inode.flags &= ~InodeFlag.TRIMMING
-    if change.orphan_kind(ino, slot) is OrphanKind.TRUNCATE:
-        change.remove_orphan(ino, slot)
+    change.settle_truncation(ino, slot)
     return True
 
 
