@@ -40,7 +40,7 @@ from csvfs.btree import Tree, TreeRoot
 from csvfs.change import Change
 from csvfs.data_device import told
 from csvfs.engine import Engine
-from csvfs.errors import Damaged, VolumeFailed
+from csvfs.errors import Damaged, NoSpace, VolumeFailed
 from csvfs.format_block import BLOCK_BYTES, BLOCKS_PER_UNIT, UNIT_BYTES, BadBlock
 from csvfs.format_inode import RECLAIM_VALUE, ReclaimKind
 from csvfs.transaction import BlockReader
@@ -81,6 +81,8 @@ class Reclaimer:
         self._patience = trio.CancelScope()
         """Cancelled when somebody begins to wait."""
         self._passed_over: set[Item] = set()
+        self._starved = False
+        """A dead inode could not be taken apart in this round for want of a block."""
         self.units_freed = 0
         self.blocks_freed = 0
 
@@ -100,29 +102,41 @@ class Reclaimer:
 
         Raises `Damaged`, `VolumeFailed`.
         """
-        before = self.units_freed + self.blocks_freed
+        if self._turn.statistics().owner is trio.lowlevel.current_task():
+            return False  # it is a round itself that finds no space
+        before = self._freed
         self._hurried += 1
         self._patience.cancel()
         try:
             await self._empty(self._engine.scope.slot if slot is None else slot)
         finally:
             self._hurried -= 1
-        return self.units_freed + self.blocks_freed > before
+        return self._freed > before
+
+    @property
+    def _freed(self) -> int:
+        return self.units_freed + self.blocks_freed
 
     async def _empty(self, slot: int) -> None:
         async with self._turn:
-            position = 0
-            while items := await self._items(slot, position):
-                position = items[-1].address + 1
-                for item in items:
-                    if item.kind is ReclaimKind.INODE:
-                        await self._carry_out(item, self._take_apart, slot)
-            position = 0
-            while items := await self._items(slot, position):
-                position = items[-1].address + 1
-                freeable = [item for item in items if item.kind in _FREEABLE]
-                if freeable:
-                    await self._free(slot, freeable)
+            self._starved, before = True, -1
+            while self._starved and self._freed > before:
+                self._starved, before = False, self._freed
+                await self._round(slot)
+
+    async def _round(self, slot: int) -> None:
+        position = 0
+        while items := await self._items(slot, position):
+            position = items[-1].address + 1
+            for item in items:
+                if item.kind is ReclaimKind.INODE:
+                    await self._carry_out(item, self._take_apart, slot)
+        position = 0
+        while items := await self._items(slot, position):
+            position = items[-1].address + 1
+            freeable = [item for item in items if item.kind in _FREEABLE]
+            if freeable:
+                await self._free(slot, freeable)
 
     async def _items(self, slot: int, first: int) -> list[Item]:
         """Some items from address ``first`` on, without those that were passed over."""
@@ -145,6 +159,9 @@ class Reclaimer:
         except Damaged as error:
             self._passed_over.add(item)
             _log.error("%s %d stays unreclaimed: %s", item.kind.name, item.address, error)
+        except NoSpace:
+            # The list itself has to grow and cannot: what is on it already is freed first.
+            self._starved = True
 
     # -- dead inodes ---------------------------------------------------------------------------
     async def _take_apart(self, slot: int, item: Item) -> None:

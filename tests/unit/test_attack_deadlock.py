@@ -13,7 +13,6 @@ from random import Random
 import pytest
 import trio
 
-from csvfs.check import check_volume
 from csvfs.errors import FilesystemError, VolumeFailed
 from csvfs.rename import EXCHANGE
 from csvfs.volume import Volume
@@ -22,6 +21,7 @@ from redirector.block.simulated import SimulatedLun
 from tests.crash import deterministic_run
 from tests.lock_rival import LockRival
 from tests.simulated_volume import LUN_BYTES, PORT, RDWR, ROOT, formatted, mounted
+from tests.volume_script import assert_clean
 
 NAMES = [b"a", b"b", b"c"]
 
@@ -110,9 +110,7 @@ async def _chaos(seed: int, *, tasks: int, calls: int, sheds: bool) -> None:
                 done = True
         volume.check()
         assert volume.failure is None
-    async with await lun.login(PORT) as device:
-        report = await check_volume(device, superblock, now_ns=9)
-        assert report.clean, [str(finding) for finding in report.findings]
+    await assert_clean(await lun.login(PORT), superblock, 1)
 
 
 @pytest.mark.parametrize("seed", range(12))
