@@ -104,6 +104,8 @@ void csv_enqueue(struct csv_session *session, struct csv_request *request);
 void csv_drop_pending_head(struct csv_session *session);
 void csv_issue(struct csv_session *session);
 void csv_ping(struct csv_session *session);
+uint64_t csv_silence_ends_ms(const struct csv_session *session);
+void csv_watch_ping(struct csv_session *session);
 
 /* answer.c; libiscsi calls csv_on_..., with the piece (a ping: the session) as `private` */
 void csv_on_scsi(struct iscsi_context *context, int status, void *data, void *private);

@@ -9,7 +9,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <linux/sockios.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -17,7 +16,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
@@ -109,14 +107,6 @@ static void take_submissions(struct csv_session *session)
         csv_fail_everything(session);
 }
 
-/* When the target will have been silent for too long after a ping. */
-static uint64_t silence_ends_ms(const struct csv_session *session)
-{
-    uint64_t since_ms =
-        session->heard_ms > session->ping_sent_ms ? session->heard_ms : session->ping_sent_ms;
-    return since_ms + session->config.ping_timeout_ms;
-}
-
 static int poll_timeout_ms(const struct csv_session *session)
 {
     uint64_t wake_ms = csv_next_deadline_ms(session);
@@ -126,7 +116,7 @@ static int poll_timeout_ms(const struct csv_session *session)
     if (session->phase == CSV_UP && session->config.ping_interval_ms) {
         uint64_t ping_ms = session->heard_ms + session->config.ping_interval_ms;
         if (session->ping_out) {
-            ping_ms = silence_ends_ms(session);
+            ping_ms = csv_silence_ends_ms(session);
             ping_ms = ping_ms < session->watch_at_ms ? ping_ms : session->watch_at_ms;
         }
         if (ping_ms < wake_ms)
@@ -181,22 +171,6 @@ static void wait_and_serve(struct csv_session *session)
     }
 }
 
-/* A ping waits its turn, behind data that goes out slowly, or behind a command for which the target's
- * window is closed. Its time counts from when nothing was seen to move before it. */
-static void watch_ping(struct csv_session *session)
-{
-    int queued = 0; /* in the kernel, not yet acknowledged */
-    bool unsent = csv_unsent(session);
-    bool closed = unsent && !(iscsi_which_events(session->context) & POLLOUT);
-
-    ioctl(iscsi_get_fd(session->context), SIOCOUTQ, &queued);
-    if (closed || queued < session->queued_bytes ||
-        (unsent && session->sent_ms > session->ping_sent_ms))
-        session->ping_sent_ms = session->now_ms;
-    session->queued_bytes = queued;
-    session->watch_at_ms = session->now_ms + session->config.ping_timeout_ms / 4;
-}
-
 static void check_timers(struct csv_session *session)
 {
     const struct csv_config *config = &session->config;
@@ -214,8 +188,8 @@ static void check_timers(struct csv_session *session)
         return;
     }
     if (session->now_ms >= session->watch_at_ms)
-        watch_ping(session);
-    if (session->now_ms >= silence_ends_ms(session))
+        csv_watch_ping(session);
+    if (session->now_ms >= csv_silence_ends_ms(session))
         csv_lose(session, "the target has been silent for %llu ms",
                  (unsigned long long)(session->now_ms - session->heard_ms));
 }
