@@ -19,6 +19,7 @@ from . import (  # noqa: F401  (importing registers the cases)
     cases_namespace,
     cases_paths,
     cases_permissions,
+    cases_rename,
     cases_times,
     cases_transfer,
 )
