@@ -52,6 +52,8 @@ REMOVAL_EXTENTS: Final = 2
 REMOVAL_BLOCKS: Final = 24
 """Images that taking so many extents out may take: both trees, the file's and the reclaim list,
 may split and join nodes on every level, and a split allocates."""
+CUT_ROUNDS: Final = 32
+"""So many times in one transaction: a body must not hold up all other tasks for long."""
 
 
 class ReclaimSignal:
@@ -205,7 +207,9 @@ class Change:
         """Take the units from logical unit ``first`` on out of a file, as many as the
         transaction has room for. True when none is left."""
         tree = self.extents(file)
-        while self.tx.blocks_left >= REMOVAL_BLOCKS:
+        for _ in range(CUT_ROUNDS):
+            if self.tx.blocks_left < REMOVAL_BLOCKS:
+                break
             removed = remove_range(tree, first, MAX_UNITS, max_extents=REMOVAL_EXTENTS)
             self.drop_units(file, removed.runs)
             if removed.done:

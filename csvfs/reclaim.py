@@ -50,6 +50,8 @@ from redirector.block.device import BlockError, BlockIO, LunIdentity, TargetRefu
 _log: Final = logging.getLogger("csvfs.reclaim")
 
 BATCH_ITEMS: Final = 512
+FREE_ITEMS: Final = 64
+"""In one transaction: a body must not hold up all other tasks for long."""
 UNMAP_RANGES: Final = 64
 """In one command."""
 FREE_BLOCKS: Final = 12
@@ -120,7 +122,8 @@ class Reclaimer:
     async def _empty(self, slot: int) -> None:
         async with self._turn:
             self._starved, before = True, -1
-            while self._starved and self._freed > before:
+            # What a round frees may have nodes of the list itself follow, for the next one.
+            while (self._starved or self._hurried) and self._freed > before:
                 self._starved, before = False, self._freed
                 await self._round(slot)
 
@@ -241,7 +244,7 @@ def _take_apart(change: Change, slot: int, ino: int) -> bool:
 def _free(change: Change, slot: int, items: list[Item]) -> int:
     reclaim, groups = change.reclaim_list(slot), change.scope.groups
     for done, (address, kind, units) in enumerate(items):
-        if done and change.tx.blocks_left < FREE_BLOCKS:
+        if done == FREE_ITEMS or (done and change.tx.blocks_left < FREE_BLOCKS):
             return done
         reclaim.remove(address)
         if kind is ReclaimKind.DATA:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from csvfs import change, reclaim
 from redirector.block.simulated import SimulatedLun
 from tests.crash import cut_everywhere, record_workload, show
 from tests.simulated_volume import LUN_BYTES
@@ -46,6 +47,13 @@ TYPES = {
     "write within the file",
     "writes at once",
 }
+
+
+@pytest.fixture(autouse=True)
+def short_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking a few extents out, or freeing a few units, takes several transactions."""
+    monkeypatch.setattr(change, "CUT_ROUNDS", 4)
+    monkeypatch.setattr(reclaim, "FREE_ITEMS", 5)
 
 
 def live_and_die(seed: int, *, users: int, steps: int, every: int) -> None:
