@@ -82,6 +82,7 @@ class DataPath:
         self._locks = engine.locks
         self._table = engine.table
         self._store = engine.store
+        self._journal = engine.journal
         self._clock = engine.scope.clock
         self._block_mask = device.block_mask
 
@@ -93,6 +94,8 @@ class DataPath:
         """
         if not handle.readable:
             raise BadHandle(f"the file {handle.ino} was not opened for reading")
+        if self._journal.failure is not None:
+            self._journal.raise_if_failed()
         state = handle.state
         lock = self._locks.try_acquire(state.resource, _PR, True)
         if lock is None:
@@ -143,6 +146,8 @@ class DataPath:
         """
         if not handle.writable:
             raise BadHandle(f"the file {handle.ino} was not opened for writing")
+        if self._journal.failure is not None:
+            self._journal.raise_if_failed()
         state, file = handle.state, handle.file
         length = len(data)
         while True:

@@ -63,6 +63,7 @@ class Held:
 
     async def __aenter__(self) -> InodeState:
         engine = self._engine
+        engine.journal.raise_if_failed()
         resource = engine.resources.inode(self._ino)
         lock = engine.locks.try_acquire(resource, self._mode, self._shared_here)
         if lock is None:
@@ -96,6 +97,7 @@ class Engine:
         reclaimed: Reclaimed,
     ) -> None:
         self.store = store
+        self.journal = store.journal
         self.locks = locks
         self.scope = scope
         self.resources = scope.resources

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
 
+from csvfs.errors import VolumeFailed
 from csvfs.format import Superblock
 from csvfs.format_geometry import ROOT_INODE
 from csvfs.handle import Handle
@@ -43,6 +44,7 @@ async def mounted(
     options: VolumeOptions | None = None,
     settings: Settings | None = None,
     recover: bool = True,
+    on_failed: Callable[[VolumeFailed], None] | None = None,
 ) -> AsyncIterator[tuple[Volume, LockManager]]:
     """The volume, in a slot that was used before if this is not the first incarnation."""
     used = incarnation > 1
@@ -52,7 +54,16 @@ async def mounted(
         start = await begin_slot(device, superblock, SLOT, incarnation)
     async with (
         open_lock_manager(settings=settings) as locks,
-        open_volume(device, superblock, SLOT, incarnation, start, locks, options=options) as volume,
+        open_volume(
+            device,
+            superblock,
+            SLOT,
+            incarnation,
+            start,
+            locks,
+            options=options,
+            on_failed=on_failed,
+        ) as volume,
     ):
         if used and recover:
             await volume.recover(SLOT)
