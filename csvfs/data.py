@@ -40,27 +40,18 @@ from typing import Final
 
 import trio
 
-from csvfs.change import Change
 from csvfs.data_device import DataDevice, told
 from csvfs.engine import Engine
 from csvfs.errors import BadHandle, DataLost, FileTooBig, NoSpace
-from csvfs.extent_map import CHUNK_MASK, CHUNK_SHIFT, WRITTEN, Placed
-from csvfs.extents import set_written
-from csvfs.file_map import (
-    UNIT_MASK,
-    UNIT_SHIFT,
-    device_offset,
-    load_chunk,
-    pieces,
-    places,
-    runs,
-)
+from csvfs.extent_map import CHUNK_MASK, CHUNK_SHIFT, WRITTEN
+from csvfs.file_map import UNIT_MASK, UNIT_SHIFT, load_chunk, pieces, places, units_of
 from csvfs.format_block import UNIT_BYTES
 from csvfs.format_inode import InodeFlag
 from csvfs.handle import Handle
 from csvfs.inode import MAX_FILE_BYTES
 from csvfs.inode_table import FileState, InodeState
 from csvfs.truncation import Truncation
+from csvfs.unit_writer import UnitWriter
 from csvfs.xattrs import drop_privileges
 from lockmgr.modes import Mode
 from redirector.block.device import BlockError
@@ -83,7 +74,7 @@ class DataPath:
         self._table = engine.table
         self._store = engine.store
         self._journal = engine.journal
-        self._clock = engine.scope.clock
+        self._writer = UnitWriter(engine, device)
         self._block_mask = device.block_mask
 
     # -- reading -----------------------------------------------------------------------------
@@ -129,7 +120,7 @@ class DataPath:
         """Whole logical blocks around the bytes, of which the caller gets a part."""
         mask = self._block_mask
         low, high = offset & ~mask, (offset + length + mask) & ~mask
-        first, count = _units(low, high)
+        first, count = units_of(low, high)
         buffer = bytearray(high - low)
         view = memoryview(buffer)
         found = await places(self._engine, handle.ino, handle.file, first, count)
@@ -188,19 +179,8 @@ class DataPath:
             await self._device.write_one((place >> 1 << UNIT_SHIFT) + (offset & UNIT_MASK), data)
         finally:
             file.ranges.leave(held)
-        self._note_written(state, 0)
+        self._writer.note_written(state, 0)
         return True
-
-    def _note_written(self, state: InodeState, end: int) -> None:
-        """Bytes up to ``end`` were written without a transaction."""
-        inode = state.fields()
-        inode.touch(self._clock())
-        inode.change += 1
-        if end > inode.size:
-            inode.size = end
-            state.dirty_size = True
-        state.dirty_times = True
-        self._table.note_dirty(state)
 
     async def _write_anywhere(self, handle: Handle, offset: int, data: memoryview) -> int:
         """Any write, under the inode's lock."""
@@ -230,14 +210,14 @@ class DataPath:
     ) -> int:
         """All of ``data``, or as much of it as there is space for."""
         try:
-            await self._write_units(state, file, offset, data)
+            await self._writer.write(state, file, offset, data)
             return len(data)
         except NoSpace:
             one_unit = UNIT_BYTES - (offset & UNIT_MASK)
             if len(data) <= one_unit:
                 raise
         # As much as there is space for, unit by unit: POSIX wants a short write before ENOSPC.
-        await self._write_units(state, file, offset, data[:one_unit])
+        await self._writer.write(state, file, offset, data[:one_unit])
         return one_unit
 
     async def _drop_privileges(self, state: InodeState, file: FileState) -> None:
@@ -247,98 +227,6 @@ class DataPath:
                 lambda change: drop_privileges(change, change.inode(state.ino)), privileged=True
             )
         file.unprivileged = True
-
-    async def _write_units(
-        self, state: InodeState, file: FileState, offset: int, data: memoryview
-    ) -> None:
-        """Write within one request: first writes and others mixed."""
-        end = offset + len(data)
-        first, count = _units(offset, end)
-        found = await self._settled_places(state, file, first, count)
-        fresh = [first + i for i, place in enumerate(found) if not place & WRITTEN]
-        with _claimed(file, fresh):
-            while 0 in found:
-                hole, length = next(runs([first + i for i, p in enumerate(found) if not p]))
-                await self._allocate(state, file, hole, length)
-                found = await places(self._engine, state.ino, file, first, count)
-            await self._put(file, offset, data, first, found)
-            if fresh:
-                await self._mark_written(state, file, fresh, end)
-            else:
-                self._note_written(state, end)
-
-    async def _settled_places(
-        self, state: InodeState, file: FileState, first: int, count: int
-    ) -> list[int]:
-        """Places of units at an instant at which no first write to one of them is on its way."""
-        while True:
-            found = await places(self._engine, state.ino, file, first, count)
-            if not file.converting:
-                return found
-            busy = [file.converting[u] for u in range(first, first + count) if u in file.converting]
-            if not busy:
-                return found
-            for event in busy:
-                await event.wait()
-
-    async def _allocate(self, state: InodeState, file: FileState, first: int, count: int) -> None:
-        """Map units of a hole, unwritten; as many as one transaction takes."""
-        placed = await self._engine.change(
-            lambda change: change.map_units(change.inode(state.ino), first, count)
-        )
-        file.map.update(placed)
-
-    async def _mark_written(
-        self, state: InodeState, file: FileState, fresh: list[int], end: int
-    ) -> None:
-        """All bytes of these units are on the LUN: they are data from now on."""
-
-        def body(change: Change) -> None:
-            inode = change.inode(state.ino)
-            tree = change.extents(inode)
-            for first, count in runs(fresh):
-                set_written(tree, first, count)
-            inode.size = max(inode.size, end)
-            inode.touch(change.now_ns)
-
-        await self._engine.change(body)
-        file.map.update(_written(file, fresh))
-
-    async def _put(
-        self, file: FileState, offset: int, data: memoryview, first: int, found: list[int]
-    ) -> None:
-        """Write whole logical blocks, and whole units where they are written first."""
-        mask, end = self._block_mask, offset + len(data)
-        new_first, new_last = not found[0] & WRITTEN, not found[-1] & WRITTEN
-        low = offset & ~(UNIT_MASK if new_first else mask)
-        high = end + (-end & (UNIT_MASK if new_last else mask))
-        keep_head = low < offset and not new_first
-        keep_tail = end < high and not new_last
-        held = None
-        if not (keep_head or keep_tail):
-            held = file.ranges.enter_nowait(low, high)
-        if held is None:
-            held = await file.ranges.enter(low, high, exclusive=keep_head or keep_tail)
-        try:
-            if low < offset or end < high:
-                padded = bytearray(high - low)
-                if keep_head:
-                    await self._keep_block(padded, 0, found[0], low)
-                if keep_tail and not (keep_head and high - low == mask + 1):
-                    await self._keep_block(
-                        padded, high - mask - 1 - low, found[-1], high - mask - 1
-                    )
-                padded[offset - low : end - low] = data
-                data = memoryview(padded)
-            await self._device.write(pieces(first, [p | WRITTEN for p in found], low, data))
-        finally:
-            file.ranges.leave(held)
-
-    async def _keep_block(self, padded: bytearray, at: int, place: int, position: int) -> None:
-        """What the LUN holds in the logical block at ``position`` of the file goes to ``at``."""
-        block = bytearray(self._block_mask + 1)
-        await self._device.read_one(device_offset(place, position), block)
-        padded[at : at + len(block)] = block
 
     # -- durability --------------------------------------------------------------------------
     async def fsync(self, ino: int, datasync: bool) -> None:
@@ -365,22 +253,6 @@ class DataPath:
             await self._store.flush()
 
 
-def _units(start: int, end: int) -> tuple[int, int]:
-    """First unit and number of units of the bytes [start, end), which are not none."""
-    first = start >> UNIT_SHIFT
-    return first, (end - 1 >> UNIT_SHIFT) - first + 1
-
-
-def _written(file: FileState, units: list[int]) -> list[Placed]:
-    """What the map says of these units, with the written bit."""
-    marked = []
-    for unit in units:
-        chunk = file.map.chunks.get(unit >> CHUNK_SHIFT)
-        if chunk is not None:
-            marked.append((unit, chunk[unit & CHUNK_MASK] | WRITTEN))
-    return marked
-
-
 @contextmanager
 def _growing(file: FileState) -> Iterator[None]:
     """A write beyond the end of the file. If it fails, some of it may lie there all the same."""
@@ -395,19 +267,3 @@ def _growing(file: FileState) -> Iterator[None]:
         if not file.growing:
             file.grown.set()
             file.grown = trio.Event()
-
-
-@contextmanager
-def _claimed(file: FileState, units: list[int]) -> Iterator[None]:
-    """These units are written for the first time: nobody else writes to them meanwhile."""
-    if not units:
-        yield
-        return
-    ended = trio.Event()
-    file.converting.update(dict.fromkeys(units, ended))
-    try:
-        yield
-    finally:
-        for unit in units:
-            del file.converting[unit]
-        ended.set()

@@ -49,6 +49,12 @@ async def places(engine: Engine, ino: int, file: FileState, first: int, count: i
                 await load_chunk(engine, ino, file, number)
 
 
+def units_of(start: int, end: int) -> tuple[int, int]:
+    """First unit and number of units of the bytes [start, end), which are not none."""
+    first = start >> UNIT_SHIFT
+    return first, (end - 1 >> UNIT_SHIFT) - first + 1
+
+
 def device_offset(place: int, position: int) -> int:
     """Where the byte at ``position`` of the file lies, in the unit at ``place``."""
     return (place >> 1 << UNIT_SHIFT) + (position & UNIT_MASK)

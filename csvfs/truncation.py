@@ -114,7 +114,7 @@ def _resize(change: Change, ino: int, size: int, privileged: bool) -> bool:
     inode.touch(change.now_ns)
     if not privileged:
         drop_privileges(change, inode)
-    if not shorter or change.cut(inode, units_of(size)):
+    if not shorter or change.cut(inode, units_within(size)):
         return True
     inode.flags |= InodeFlag.TRIMMING
     if change.orphan_kind(ino) is None:
@@ -124,13 +124,13 @@ def _resize(change: Change, ino: int, size: int, privileged: bool) -> bool:
 
 def _trim(change: Change, ino: int, slot: int | None) -> bool:
     inode = change.inode(ino)
-    if not change.cut(inode, units_of(inode.size)):
+    if not change.cut(inode, units_within(inode.size)):
         return False
     inode.flags &= ~InodeFlag.TRIMMING
     change.settle_truncation(ino, slot)
     return True
 
 
-def units_of(size_bytes: int) -> int:
+def units_within(size_bytes: int) -> int:
     """Units that a file of so many bytes may use."""
     return size_bytes + UNIT_MASK >> UNIT_SHIFT
