@@ -172,7 +172,7 @@ class Reclaimer:
         engine, ino = self._engine, item.address
         async with engine.locks.acquire(engine.resources.inode(ino), Mode.EX):
             while not await engine.change(lambda c: _take_apart(c, slot, ino), privileged=True):
-                pass
+                await trio.lowlevel.checkpoint()
 
     # -- units and blocks ----------------------------------------------------------------------
     async def _free(self, slot: int, items: list[Item]) -> None:
@@ -188,6 +188,7 @@ class Reclaimer:
         while left:
             try:
                 left = left[await self._free_some(slot, left) :]
+                await trio.lowlevel.checkpoint()
             except Damaged:
                 # One of them contradicts the maps: find out which.
                 for item in left:

@@ -11,6 +11,8 @@ Making it longer takes no unit at all; see `csvfs.data` on the bytes behind the 
 
 from __future__ import annotations
 
+import trio
+
 from csvfs.change import Change
 from csvfs.data_device import DataDevice, Piece
 from csvfs.engine import Engine
@@ -67,7 +69,7 @@ class Truncation:
 
     async def _trim(self, state: InodeState, slot: int | None = None) -> None:
         while not await self._engine.change(lambda c: _trim(c, state.ino, slot), privileged=True):
-            pass
+            await trio.lowlevel.checkpoint()
         self._forget_map(state)
 
     def _forget_map(self, state: InodeState) -> None:
