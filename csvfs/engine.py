@@ -30,6 +30,7 @@ from csvfs.transaction import MAX_TX_BLOCKS, BlockKey, BlockReader, Transaction
 from lockmgr.errors import LockTimeout
 from lockmgr.lock import Lock
 from lockmgr.manager import LockManager
+from lockmgr.messages import Resource
 from lockmgr.modes import Mode
 from redirector.block.device import BlockError, MediumError
 
@@ -65,9 +66,7 @@ class Held:
         engine = self._engine
         engine.journal.raise_if_failed()
         resource = engine.resources.inode(self._ino)
-        lock = engine.locks.try_acquire(resource, self._mode, self._shared_here)
-        if lock is None:
-            lock = await engine.locks.acquire(resource, self._mode, self._shared_here)
+        lock = await engine.acquire(resource, self._mode, self._shared_here)
         try:
             state = await engine.load(self._ino, self._generation)
         except BaseException:
@@ -105,6 +104,13 @@ class Engine:
         self._reclaimed = reclaimed
 
     # -- locks -----------------------------------------------------------------------------
+    async def acquire(self, resource: Resource, mode: Mode, shared_here: bool = False) -> Lock:
+        """A lock; without the detour through the scheduler if it is to be had at once."""
+        lock = self.locks.try_acquire(resource, mode, shared_here)
+        if lock is None:
+            lock = await self.locks.acquire(resource, mode, shared_here)
+        return lock
+
     def looking(self, ino: int, generation: int | None = None) -> Held:
         """The inode's lock in PR: its names and attributes hold still.
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -44,6 +44,7 @@ from csvfs.slot_start import journal_place
 from csvfs.store import JournalStart, Store, StoreOptions, open_store
 from csvfs.truncation import Truncation
 from lockmgr.manager import LockManager
+from lockmgr.modes import Mode
 from redirector.block.device import BlockError, BlockIO
 
 
@@ -132,7 +133,12 @@ class Volume:
 
     async def statfs(self) -> Space:
         """How much space there is. Raises `Damaged`, `VolumeFailed`."""
-        totals = await self.engine.look(self.engine.scope.groups.totals)
+        engine = self.engine
+        groups = engine.scope.groups
+        with ExitStack() as held:
+            for number in range(groups.geometry.group_count):
+                held.enter_context(await engine.acquire(engine.resources.group(number), Mode.PR))
+            totals = await engine.look(groups.totals)
         free = totals.free_units * BLOCKS_PER_UNIT + totals.free_metadata_blocks
         available = totals.available_units * BLOCKS_PER_UNIT
         blocks = totals.units * BLOCKS_PER_UNIT

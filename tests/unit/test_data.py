@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from itertools import pairwise
 from random import Random
 
@@ -14,56 +12,17 @@ import trio
 import trio.testing
 
 from csvfs import errors
-from csvfs.handle import Handle
 from csvfs.inode import MAX_FILE_BYTES, SetAttributes
-from csvfs.volume import Volume
 from redirector.block.arbiter import Op
-from redirector.block.device import MediumError, SpaceExhausted
-from redirector.block.simulated import Command, SimulatedLun
+from redirector.block.simulated import SimulatedLun
 from tests.simulated_volume import LUN_BYTES, PORT, RDWR, ROOT, UNIT, create, formatted, mounted
+from tests.volume_bench import bench
 
 MIB = 1 << 20
-GROUPS_BYTE = 4 << 20
-"""Behind fixed area and journals; a write of 64 KiB and more there is one of data."""
 
 
 class Crash(Exception):
     """The host dies."""
-
-
-class Bench:
-    """A volume, and a look at the commands that reach its LUN."""
-
-    def __init__(self, lun: SimulatedLun, volume: Volume) -> None:
-        self.lun = lun
-        self.volume = volume
-        self.commands: list[Command] = []
-        lun.hold(self._see)
-
-    def _see(self, command: Command) -> bool:
-        self.commands.append(command)
-        return False
-
-    def data_writes(self) -> list[tuple[int, int]]:
-        """(offset, length) of the writes of whole units, or of parts of them, since the last."""
-        seen = [
-            (command.offset_bytes, len(command.data))
-            for command in self.commands
-            if command.op is Op.WRITE and command.offset_bytes >= GROUPS_BYTE
-        ]
-        self.commands.clear()
-        return seen
-
-    async def read(self, handle: Handle, offset: int, length: int) -> bytes:
-        return bytes(await self.volume.read(handle, offset, length))
-
-
-@asynccontextmanager
-async def bench(**options: int) -> AsyncIterator[Bench]:
-    lun = SimulatedLun(LUN_BYTES, yields=False, **options)  # type: ignore[arg-type]
-    superblock = await formatted(lun)
-    async with mounted(await lun.login(PORT), superblock) as (volume, _):
-        yield Bench(lun, volume)
 
 
 async def test_holes_and_unwritten_units_are_zeroes() -> None:
@@ -344,69 +303,6 @@ async def test_reading_marks_atime_as_relatime_does() -> None:
         assert first.atime_ns > before.mtime_ns and first.ctime_ns == before.ctime_ns
         await b.read(handle, 0, 1)
         assert (await b.volume.getattr(handle.ino)).atime_ns == first.atime_ns
-        await b.volume.release(handle)
-
-
-async def test_a_medium_error_is_that_files_alone() -> None:
-    async with bench() as b:
-        bad, good = await create(b.volume, b"bad"), await create(b.volume, b"good")
-        for handle in (bad, good):
-            await b.volume.write(handle, 0, bytes(UNIT))
-        await b.volume.sync()
-        place = bad.file.map.chunks[0][0] >> 1
-
-        def hits(command: Command) -> bool:
-            return place * UNIT <= command.offset_bytes < (place + 1) * UNIT
-
-        def broken(what: str) -> MediumError:
-            return MediumError(what, sense_key=3)
-
-        b.lun.inject(hits, broken, times=2)
-        with pytest.raises(errors.DataLost):
-            await b.volume.read(bad, 0, 4096)
-        with pytest.raises(errors.DataLost):
-            await b.volume.write(bad, 0, bytes(4096))
-        assert await b.read(good, 0, 4096) == bytes(4096)
-        await b.volume.write(good, 0, bytes(4096))
-        await b.volume.fsync(good.ino, False)
-        assert await b.read(bad, 0, 4096) == bytes(4096)
-        await b.volume.release(bad)
-        await b.volume.release(good)
-
-
-async def test_a_first_write_that_fails_leaves_zeroes() -> None:
-    async with bench() as b:
-        handle = await create(b.volume, b"file")
-        b.lun.inject(
-            lambda c: c.op is Op.WRITE and len(c.data) == UNIT,
-            lambda what: MediumError(what, sense_key=3),
-        )
-        with pytest.raises(errors.DataLost):
-            await b.volume.write(handle, 100, b"x" * 1000)
-        assert (await b.volume.getattr(handle.ino)).size == 0
-        await b.volume.setattr(handle.ino, SetAttributes(size=UNIT))
-        assert await b.read(handle, 0, UNIT) == bytes(UNIT)
-        await b.volume.write(handle, 100, b"x" * 1000)
-        assert await b.read(handle, 0, UNIT) == bytes(100) + b"x" * 1000 + bytes(UNIT - 1100)
-        await b.volume.release(handle)
-
-
-async def test_a_full_thin_array_makes_writers_wait(
-    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
-) -> None:
-    del autojump_clock
-    async with bench() as b:
-        handle = await create(b.volume, b"file")
-        b.lun.inject(
-            lambda c: c.op is Op.WRITE and len(c.data) == UNIT,
-            lambda what: SpaceExhausted(what, sense_key=7, asc_ascq=0x2707),
-            times=3,
-        )
-        started = trio.current_time()
-        await b.volume.write(handle, 0, b"x" * UNIT)
-        assert trio.current_time() - started >= 6
-        assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
-        assert await b.read(handle, 0, UNIT) == b"x" * UNIT
         await b.volume.release(handle)
 
 
