@@ -35,6 +35,9 @@ MAX_FILE_BYTES: Final = (1 << 63) - 1
 MAX_LINKS: Final = (1 << 31) - 1
 """As XFS. A field of 32 bits is never led to its end."""
 
+TIME_LIMIT_NS: Final = 1 << 63
+"""Times are kept as i64 nanoseconds: from 1677 to 2262."""
+
 _STAT_BLOCK_BYTES: Final = 512
 
 
@@ -293,6 +296,11 @@ def new_inode(
         symlink_tail=0,
         hash_seed=int.from_bytes(os.urandom(8), "little") if is_directory else 0,
     )
+
+
+def within_time(time_ns: int) -> int:
+    """The nearest time that can be kept, as Linux clamps to what a filesystem has."""
+    return max(-TIME_LIMIT_NS, min(TIME_LIMIT_NS - 1, time_ns))
 
 
 def check_name(name: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Final
 from csvfs.change import Change
 from csvfs.engine import Engine
 from csvfs.errors import NoAttribute
-from csvfs.inode import Attributes, SetAttributes, attributes_of
+from csvfs.inode import Attributes, SetAttributes, attributes_of, within_time
 from csvfs.inode_table import InodeState
 from csvfs.truncation import Truncation
 from csvfs.xattrs import (
@@ -113,9 +113,9 @@ def _set(change: Change, ino: int, changes: SetAttributes) -> None:
     if changes.mode is not None:
         inode.mode = stat.S_IFMT(inode.mode) | changes.mode & _PERMISSIONS
     if changes.atime_ns is not None:
-        inode.atime_ns = changes.atime_ns
+        inode.atime_ns = within_time(changes.atime_ns)
     if changes.mtime_ns is not None:
-        inode.mtime_ns = changes.mtime_ns
+        inode.mtime_ns = within_time(changes.mtime_ns)
 
 
 def _look_again(state: InodeState) -> None:

@@ -242,6 +242,14 @@ async def test_damaged_metadata_is_an_error_of_that_call_alone() -> None:
         await volume.mkdir(ROOT, b"more", 0o755, 0, 0)
 
 
+async def test_times_that_cannot_be_kept_become_the_nearest() -> None:
+    async with fresh_volume() as volume:
+        changes = SetAttributes(atime_ns=-(1 << 70), mtime_ns=1 << 70)
+        found = await volume.setattr(ROOT, changes)
+        assert (found.atime_ns, found.mtime_ns) == (-(1 << 63), (1 << 63) - 1)
+        await volume.sync()
+
+
 async def test_extended_attributes_follow_xattr_7() -> None:
     async with fresh_volume() as volume:
         ino = (await mkdir(volume, b"dir")).ino
