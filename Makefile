@@ -42,7 +42,7 @@ demo: $(VENV)/.installed ## one host end to end: format, mount, boot a guest, SI
 	@$(SUDO) $(BIN)/python -m tools.demo
 
 test: lint ## lint, then every test that is quick (10 minutes at most)
-	$(SUDO) $(BIN)/python -m pytest -q -m "not full"
+	$(SUDO) $(BIN)/python -m pytest -q -m "not full" -n 3 --dist loadfile
 
 test-full: $(VENV)/.installed ## the long tests, in random order, FULL_MINUTES=60 at most, SEED=...
 	$(SUDO) $(BIN)/python -m pytest -q -m full --shuffle=$(SEED) --minutes=$(FULL_MINUTES)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,12 @@ VOLUME = bytes(range(16))
 
 
 @pytest.fixture(autouse=True)
-def _run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CSVFS_RUN_DIR", str(tmp_path / "run"))
-    places.make_run_directory()
+def _run_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Short, as /run/csvfs is: the name of a socket has at most 107 bytes (unix(7)).
+    with tempfile.TemporaryDirectory(prefix="csvfs-run-") as directory:
+        monkeypatch.setenv("CSVFS_RUN_DIR", directory)
+        places.make_run_directory()
+        yield
 
 
 async def echo(fields: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +167,8 @@ def test_the_lock_goes_with_its_process() -> None:
         DaemonLock().take(VOLUME)
         os.write(writer, b"x")
         os.close(writer)
-        os.read(reader, 1)  # until it is killed
-        os._exit(0)
+        while True:  # until it is killed
+            signal.pause()
     os.read(reader, 1)
     assert daemon_lives(VOLUME)
     os.kill(child, 9)
