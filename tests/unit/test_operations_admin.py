@@ -8,7 +8,6 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
