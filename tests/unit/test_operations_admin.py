@@ -160,21 +160,21 @@ def test_the_lock_is_one_daemons() -> None:
 
 
 def test_the_lock_goes_with_its_process() -> None:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        DaemonLock().take(VOLUME)
-        os.write(writer, b"x")
-        os.close(writer)
-        while True:  # until it is killed
-            signal.pause()
-    os.read(reader, 1)
-    assert daemon_lives(VOLUME)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
+    code = (
+        "import sys\n"
+        "from csvfs.daemon_lock import DaemonLock\n"
+        "lock = DaemonLock()\n"
+        "print(lock.take(bytes(range(16))), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"True\n"
+        assert daemon_lives(VOLUME)
+        holder.kill()
     assert not daemon_lives(VOLUME)
-    os.close(reader)
-    os.close(writer)
 
 
 def record(number: int, directory: str, since_ns: int) -> MountRecord:
