@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
