@@ -9,6 +9,7 @@ integrity, no money made or lost, no committed transfer missing.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sqlite3
@@ -75,13 +76,19 @@ def main(log_path: str, database: str, count: str) -> int:
             connection = sqlite3.connect(database, timeout=60, isolation_level=None)
             # FULL does not sync the directory after the journal is unlinked, which is the commit.
             connection.execute("PRAGMA synchronous=EXTRA")
+            # Once a dead mount was detached, its path leads to the directory below it. There the
+            # journal does not exist, and sqlite takes ENOENT for a journal that was removed: it
+            # would report a commit that never reached the volume. So ask the mount itself whether
+            # it lived until now.
+            alive = os.open(Path(database).parent, os.O_RDONLY | os.O_DIRECTORY)
             while made < limit or not limit:
                 number = f"{name}-{made}"
                 transfer(connection, number, chooser)
+                os.fstat(alive)
                 log.write(number + "\n")
                 made += 1
             connection.close()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             print(f"ledger: {error} after {made} transfers", flush=True)
             return 2
     return 0
