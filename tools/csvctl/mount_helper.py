@@ -2,6 +2,9 @@
 
     iscsi://10.0.0.5/iqn.2026-11.org.example:vms/1  /srv/vms  csvfs  _netdev  0 0
 
+pip installs it beside csvctl, but mount(8) looks for its helpers in /sbin only:
+``ln -s "$(command -v mount.csvfs)" /sbin/``.
+
 Called as ``mount.csvfs SOURCE DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`` (mount(8),
 "external helpers"). Options of csvfs are ``node=NAME``, ``initiator=IQN``, ``allow_dev`` and
 ``allow_suid``; those of mount(8) are handed on or, where they are for mount(8) alone, passed over.
