@@ -336,6 +336,9 @@ class Journal:
         try:
             with trio.CancelScope(shield=True):
                 await self._checkpointer.bring_home(state.journaled(resource))
+                # A checkpoint may have picked the same images before they were known to be home,
+                # and be writing them a second time: that must not land after the lock is gone.
+                await self._checkpointer.settle()
                 await self._checkpointer.move_tail()
         except BlockError as error:
             self._fail(error)
