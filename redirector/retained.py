@@ -64,9 +64,10 @@ class RetainedWrites:
             _, data = self._entries.popleft()
             self._first += 1
             self.size_bytes -= len(data)
-        if not self._entries:
+        # Only an event that is set is replaced: on any other somebody may be waiting.
+        if not self._entries and self._some.is_set():
             self._some = trio.Event()
-        if self.size_bytes < FLUSH_BYTES:
+        if self.size_bytes < FLUSH_BYTES and self._much.is_set():
             self._much = trio.Event()
         self._room.set()
         self._room = trio.Event()

@@ -95,3 +95,27 @@ async def test_writers_wait_for_room(autojump_clock: MockClock) -> None:
         nursery.start_soon(retained.wait_room)
         await trio.testing.wait_all_tasks_blocked()
         retained.stop()
+
+
+async def test_a_flush_of_somebody_else_does_not_lose_who_waits_for_one_to_be_due(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """A flush with nothing retained, while the forced flush waits for a first write."""
+    retained = RetainedWrites()
+    due = trio.Event()
+
+    async def wait() -> None:
+        await retained.wait_due()
+        due.set()
+
+    nursery.start_soon(wait)
+    await trio.testing.wait_all_tasks_blocked()
+    retained.forget(retained.mark())
+    retained.add(0, b"x")
+    await trio.testing.wait_all_tasks_blocked()
+    retained.forget(0)
+    retained.add(1, bytes(FLUSH_BYTES))
+    started = trio.current_time()
+    with trio.fail_after(FLUSH_AFTER_S * 2):
+        await due.wait()
+    assert trio.current_time() == started
