@@ -1,13 +1,14 @@
 # The front door. `make` says what there is. Everything installs what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help system-packages demo test test-full lint bench clean
+.PHONY: help system-packages demo test test-full explore lint bench clean
 
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 FULL_MINUTES ?= 60
+ROUNDS ?= 5
 SEED ?= $(shell shuf -i 1-999999 -n 1)
 
 # Build: what the native extension and pyfuse3 compile against. Run: mount, target, guest, workloads.
@@ -46,6 +47,11 @@ test: lint ## lint, then every test that is quick (10 minutes at most)
 
 test-full: $(VENV)/.installed ## the long tests, in random order, FULL_MINUTES=60 at most, SEED=...
 	$(SUDO) $(BIN)/python -m pytest -q -m full --shuffle=$(SEED) --minutes=$(FULL_MINUTES)
+
+explore: $(VENV)/.installed ## property tests with new examples, ROUNDS=5 times
+	for round in $$(seq $(ROUNDS)); do \
+	    $(SUDO) $(BIN)/python -m pytest -q -m "not full" -n 2 --explore || exit 1; \
+	done
 
 lint: $(VENV)/.installed ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
     lock file, claim (journals replayed meanwhile), path, lock manager, volume, recovery
     ... the caller serves ...
-    volume closed, locks given up, path flushed and detached, claim released
+    volume closed, locks given up, journal empty, path flushed and detached, claim released
 
 Leaving the block leaves the volume cleanly. Leaving it with an exception, or after the volume has
 failed, stops as a crash would: sessions dropped, nothing released; the next mount here recovers.

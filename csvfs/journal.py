@@ -150,6 +150,12 @@ class Journal:
         if self.failure is not None:
             raise VolumeFailed(str(self.failure)) from self.failure.__cause__
 
+    async def wait_failed(self) -> None:
+        """Return only by raising `VolumeFailed`, once there is a failure."""
+        while True:
+            self.raise_if_failed()
+            await self._progress.wait()
+
     def _step(self) -> None:
         """Something went forward: everybody looks again at what they wait for."""
         progress, self._progress = self._progress, trio.Event()

@@ -228,6 +228,10 @@ class Store:
         """Why nothing is written any more, if so."""
         return self.journal.failure
 
+    async def wait_failed(self) -> None:
+        """Return only by raising `VolumeFailed`, once nothing is written any more."""
+        await self.journal.wait_failed()
+
     def statistics(self) -> StoreStatistics:
         """What the store holds now, for people and tests."""
         journal, state = self.journal, self.journal.state

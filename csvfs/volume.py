@@ -189,9 +189,9 @@ async def open_volume(
     """The volume of a slot whose journal is empty: replayed (`csvfs.replay`), or just made.
 
     The caller has the right to write to the LUN, and calls `Volume.recover` for each slot that
-    was replayed before anything else. Leaving the block closes the volume and leaves an empty
-    journal; leaving it with an exception, or after a failure, stops as a crash would. The lock
-    manager must be closed later: its owners need the store.
+    was replayed before anything else. Leaving the block closes the volume and the lock manager,
+    whose owners need the store, and leaves an empty journal; leaving it with an exception, or
+    after a failure, stops as a crash would.
     """
     options = options or VolumeOptions()
     geometry = superblock.geometry
@@ -224,3 +224,14 @@ async def open_volume(
             if volume.failure is None:
                 await volume.close()
             nursery.cancel_scope.cancel()
+        if volume.failure is None:
+            await _give_up_locks(store, locks)
+
+
+async def _give_up_locks(store: Store, locks: LockManager) -> None:
+    """While the store still runs: a lock on its way out may have something to write."""
+    await store.checkpoint()  # one flush for all of them
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.wait_failed)  # then its owners never finish
+        await locks.aclose()
+        nursery.cancel_scope.cancel()

@@ -1,14 +1,22 @@
-"""Options of the test run: a random order with a printed seed, and a bound on its time."""
+"""Options of the test run: a random order with a printed seed, a bound on its time, and whether
+property tests try the same examples as everywhere (the gate) or new ones (`--explore`)."""
 
 from __future__ import annotations
 
 import random
 import time
+import unittest
 from collections.abc import Generator
 
+import hypothesis
 import pytest
 
 _started = time.monotonic()
+
+# A gate that everybody has to pass gives everybody the same answer; `make explore` looks further.
+hypothesis.settings.register_profile("gate", derandomize=True, print_blob=True, database=None)
+hypothesis.settings.register_profile("explore", derandomize=False, print_blob=True)
+hypothesis.settings.load_profile("gate")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,6 +25,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--minutes", type=float, default=None, help="start no further test after so many minutes"
     )
 
+    parser.addoption(
+        "--explore", action="store_true", help="property tests only, with examples never tried"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--explore"):
+        hypothesis.settings.load_profile("explore")
+
+
+def _is_property(item: pytest.Item) -> bool:
+    """Does hypothesis choose what it tries?"""
+    machine = isinstance(item, pytest.Function) and issubclass(
+        item.cls or object, unittest.TestCase
+    )
+    return machine or item.get_closest_marker("hypothesis") is not None
+
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     seed = config.getoption("--shuffle")
@@ -24,6 +49,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--explore"):
+        items[:] = [item for item in items if _is_property(item)]
     seed = config.getoption("--shuffle")
     if seed is not None:
         random.Random(seed).shuffle(items)

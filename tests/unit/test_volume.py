@@ -294,3 +294,27 @@ async def test_memory_of_many_files_is_bounded_by_the_locks_that_are_cached() ->
         await trio.testing.wait_all_tasks_blocked()
         assert len(volume.table._states) < 120
         assert len(await names(volume)) == 302
+
+
+@pytest.mark.parametrize("_again", range(20))
+async def test_a_lock_on_its_way_out_holds_nobody_up_who_leaves(
+    _again: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Shrunk from `test_volume_machine`: each call starts the demotion of its locks."""
+    del autojump_clock
+    lun = SimulatedLun(LUN_BYTES)
+    superblock = await formatted(lun)
+    nothing_cached = Settings(cache_limit=0, min_hold_s=0)
+    device = await lun.login(PORT)
+    with trio.fail_after(60):
+        async with mounted(device, superblock, settings=nothing_cached) as (volume, _):
+            await volume.setxattr(ROOT, b"user.a", b"")
+            link = await volume.symlink(ROOT, b"b", b"t", 0, 0)
+            volume.remember(link.ino, 1)
+            await volume.forget(link.ino, 1)
+            await names(volume)
+            for ino in (ROOT, link.ino):
+                await volume.getattr(ino)
+                for name in await volume.listxattr(ino):
+                    await volume.getxattr(ino, name)
+    await assert_clean(await lun.login(PORT), superblock, 1)
