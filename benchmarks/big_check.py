@@ -18,14 +18,14 @@ from random import SystemRandom
 
 import trio
 
-from csvfs.change import Change
-from csvfs.claim import Claim, claim_volume, release_volume
-from csvfs.claim_decision import Host
-from csvfs.claim_seat import JournalTask
+from csvfs.engine.change import Change
 from csvfs.format import ROOT_INODE, UNIT_BYTES, Superblock
+from csvfs.journal.store import JournalStart
+from csvfs.membership.claim import Claim, claim_volume, release_volume
+from csvfs.membership.decision import Host
+from csvfs.membership.seat import JournalTask
+from csvfs.membership.slot_start import begin_slot
 from csvfs.mkfs import FormatOptions, make_filesystem
-from csvfs.slot_start import begin_slot
-from csvfs.store import JournalStart
 from csvfs.volume import Volume, open_volume
 from lockmgr.manager import open_lock_manager
 from redirector.block.device import BlockDevice

@@ -18,17 +18,17 @@ from functools import partial
 from itertools import islice
 from random import Random
 
-from csvfs import extents
-from csvfs.allocator import Groups
-from csvfs.btree import Tree, TreeRoot
-from csvfs.btree_edit import TreeEditor
+from csvfs.allocation.allocator import Groups
+from csvfs.btree.edit import TreeEditor
+from csvfs.btree.tree import Tree, TreeRoot
+from csvfs.data import extents
+from csvfs.engine.locks import Resources
 from csvfs.errors import NoSpace
-from csvfs.format_block import BlockType, new_block
-from csvfs.format_geometry import Geometry
-from csvfs.format_groups import GroupHeader
-from csvfs.format_inode import DIRECTORY_VALUE
-from csvfs.locks import Resources
-from csvfs.transaction import BlockKey, NeedBlocks, Transaction, TransactionScope
+from csvfs.journal.transaction import BlockKey, NeedBlocks, Transaction, TransactionScope
+from csvfs.ondisk.block import BlockType, new_block
+from csvfs.ondisk.geometry import Geometry
+from csvfs.ondisk.groups import GroupHeader
+from csvfs.ondisk.inode import DIRECTORY_VALUE
 
 Operations = Iterator[Callable[[], object]]
 

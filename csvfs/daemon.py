@@ -26,17 +26,17 @@ from typing import Any
 
 import trio
 
-from csvfs import logs, places
-from csvfs.admin import serve_admin
-from csvfs.attach import Attached, attach
-from csvfs.events import Reporter
-from csvfs.hardening import give_memory_back, harden, resident_bytes
-from csvfs.notify import notify_manager
+from csvfs.host import logs, places
+from csvfs.host.admin import serve_admin
+from csvfs.host.attach import Attached, attach
+from csvfs.host.events import Reporter
+from csvfs.host.hardening import give_memory_back, harden, resident_bytes
+from csvfs.host.notify import notify_manager
+from csvfs.host.problems import Kind, Problem, problem_of
+from csvfs.host.record import MountRecord, MountState
+from csvfs.host.serving import Serving
+from csvfs.host.settings import MountSettings
 from csvfs.operations import Operations
-from csvfs.problems import Kind, Problem, problem_of
-from csvfs.record import MountRecord, MountState
-from csvfs.serving import Serving
-from csvfs.settings import MountSettings
 
 _log = logging.getLogger("csvfs.daemon")
 

@@ -23,7 +23,7 @@
     `-- VolumeFailed            the node cannot write its journal, or lost the
                                 LUN: every call answers this from now on         EIO
 
-The errno stands here for the reader only: `csvfs.answers` has the one place that maps them.
+The errno stands here for the reader only: `csvfs.host.answers` has the one place that maps them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class BadHandle(FilesystemError):
 
 
 class FileTooBig(FilesystemError):
-    """The file would end beyond `csvfs.inode.MAX_FILE_BYTES`."""
+    """The file would end beyond `csvfs.namespace.inode.MAX_FILE_BYTES`."""
 
 
 class NoSpace(FilesystemError):

@@ -8,7 +8,7 @@ says what every field means and why.
 
 from __future__ import annotations
 
-from csvfs.format_block import (
+from csvfs.ondisk.block import (
     ADDRESS_OFFSET,
     BLOCK_BYTES,
     BLOCKS_PER_UNIT,
@@ -43,7 +43,7 @@ from csvfs.format_block import (
     unpack_text,
     verify,
 )
-from csvfs.format_geometry import (
+from csvfs.ondisk.geometry import (
     GROUP_UNITS,
     HEARTBEAT_AREA,
     JOIN_AREA,
@@ -71,7 +71,7 @@ from csvfs.format_geometry import (
     default_journal_bytes,
     unit_of,
 )
-from csvfs.format_groups import (
+from csvfs.ondisk.groups import (
     GROUP_FIELDS,
     GROUP_FIELDS_OFFSET,
     GROUP_FLAGS_OFFSET,
@@ -93,7 +93,7 @@ from csvfs.format_groups import (
     unit_state,
     used_blocks,
 )
-from csvfs.format_inode import (
+from csvfs.ondisk.inode import (
     DIRECTORY_HASH_MASK,
     DIRECTORY_MAX_COLLISIONS,
     DIRECTORY_MIN_KEY,
@@ -146,7 +146,7 @@ from csvfs.format_inode import (
     pack_place,
     unpack_place,
 )
-from csvfs.format_journal import (
+from csvfs.ondisk.journal import (
     JOURNAL_FIELDS,
     JOURNAL_HEADER_BLOCKS,
     RECORD_ENTRIES_OFFSET,
@@ -159,7 +159,7 @@ from csvfs.format_journal import (
     RecordHeader,
     record_header_blocks,
 )
-from csvfs.format_slots import (
+from csvfs.ondisk.slots import (
     ADDRESS_BYTES,
     ADDRESSES_OFFSET,
     CERTIFICATE_DATA_OFFSET,
@@ -183,7 +183,7 @@ from csvfs.format_slots import (
     SessionKind,
     SlotBlock,
 )
-from csvfs.format_superblock import (
+from csvfs.ondisk.superblock import (
     DEVICE_ID_BYTES,
     KNOWN_COMPAT,
     KNOWN_INCOMPAT,
@@ -194,7 +194,7 @@ from csvfs.format_superblock import (
     Superblock,
     WriteCache,
 )
-from csvfs.format_view import (
+from csvfs.ondisk.view import (
     FINGERPRINT_BYTES,
     NOBODY,
     NODE_NAME_BYTES,

@@ -29,7 +29,7 @@ from typing import Final
 
 import trio
 
-from csvfs.btree import TreeRoot
+from csvfs.btree.tree import TreeRoot
 from csvfs.format import (
     BLOCK_BYTES,
     DEVICE_ID_BYTES,
@@ -49,7 +49,7 @@ from csvfs.format import (
     new_block,
     seal,
 )
-from csvfs.inode import new_inode
+from csvfs.namespace.inode import new_inode
 from csvfs.signatures import Signature, find_signatures, windows
 from redirector.block.device import BlockDevice, LunIdentity
 

@@ -29,7 +29,6 @@ from typing import Final
 
 import trio
 
-from csvfs.fixed_area import NoVolume, read_slot_blocks, read_superblock, read_view
 from csvfs.format import (
     BLOCK_BYTES,
     SCRATCH_ADDRESS,
@@ -42,6 +41,7 @@ from csvfs.format import (
     WriteCache,
     byte_offset,
 )
+from csvfs.membership.fixed_area import NoVolume, read_slot_blocks, read_superblock, read_view
 from csvfs.mkfs import FormatOptions, Progress, make_filesystem, plan_superblock, read_signatures
 from csvfs.signatures import Signature
 from redirector.block.device import (

@@ -6,7 +6,7 @@ on a path or a descriptor asks this class, and each question is answered exactly
 
 Invariants
 - No handler raises anything but `FUSEError`: any other exception would end pyfuse3's loop, and
-  with it every request of every guest. `csvfs.answers` maps errors to errno.
+  with it every request of every guest. `csvfs.host.answers` maps errors to errno.
 - A lookup count is raised for every entry that a reply carries, and only then ("." and ".." never).
 - A file handle number is never reused within a mount.
 
@@ -42,9 +42,9 @@ from pyfuse3 import (
     StatvfsData,
 )
 
-from csvfs.answers import Answers, Space, entry_attributes, statvfs_data
-from csvfs.format_inode import MAX_NAME_BYTES
-from csvfs.inode import Attributes, SetAttributes
+from csvfs.host.answers import Answers, Space, entry_attributes, statvfs_data
+from csvfs.namespace.inode import Attributes, SetAttributes
+from csvfs.ondisk.inode import MAX_NAME_BYTES
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from csvfs.format_block import BLOCK_BYTES, MAGIC, UNIT_BYTES, BadBlock
-from csvfs.format_superblock import Superblock
+from csvfs.ondisk.block import BLOCK_BYTES, MAGIC, UNIT_BYTES, BadBlock
+from csvfs.ondisk.superblock import Superblock
 
 _KIB: Final = 1024
 _MIB: Final = 1024 * 1024

@@ -22,12 +22,12 @@ import subprocess
 import sys
 from types import FrameType
 
-from csvfs import logs
-from csvfs.dead_mount import bury, detach_dead_mount
-from csvfs.events import Reporter
-from csvfs.hardening import protect_from_oom
-from csvfs.problems import Kind, Problem
-from csvfs.record import find_record
+from csvfs.host import logs
+from csvfs.host.dead_mount import bury, detach_dead_mount
+from csvfs.host.events import Reporter
+from csvfs.host.hardening import protect_from_oom
+from csvfs.host.problems import Kind, Problem
+from csvfs.host.record import find_record
 
 _log = logging.getLogger("csvfs.supervisor")
 

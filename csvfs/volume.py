@@ -11,7 +11,7 @@ what it raises, is said where it is done:
     recovery       recover
 
 Concurrency: any number of tasks may call anything. Two background tasks belong to a volume: the
-store's (`csvfs.journal`) and the reclaimer (`csvfs.reclaim`).
+store's (`csvfs.journal.journal`) and the reclaimer (`csvfs.data.reclaim`).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from dataclasses import dataclass, field
 
 import trio
 
-from csvfs.allocator import Groups
-from csvfs.change import ChangeScope, ReclaimSignal
-from csvfs.data import DataPath
-from csvfs.data_device import DataDevice, told
-from csvfs.engine import Engine
+from csvfs.allocation.allocator import Groups
+from csvfs.data.device import DataDevice, told
+from csvfs.data.path import DataPath
+from csvfs.data.reclaim import Reclaimer
+from csvfs.data.truncation import Truncation
+from csvfs.engine.change import ChangeScope, ReclaimSignal
+from csvfs.engine.engine import Engine
+from csvfs.engine.lock_owner import LockAdapter, LockOwner
+from csvfs.engine.locks import FLUSHED_PREFIXES, Resources
+from csvfs.engine.recovery import Recovery
 from csvfs.errors import VolumeFailed
-from csvfs.format_block import BLOCK_BYTES, BLOCKS_PER_UNIT
-from csvfs.format_superblock import Superblock
-from csvfs.inode_table import InodeTable
-from csvfs.lock_owner import LockAdapter, LockOwner
-from csvfs.locks import FLUSHED_PREFIXES, Resources
-from csvfs.metadata import Metadata
-from csvfs.namespace import Namespace
-from csvfs.open_files import OpenFiles
-from csvfs.reclaim import Reclaimer
-from csvfs.recovery import Recovery
-from csvfs.rename import Renamer
-from csvfs.slot_start import journal_place
-from csvfs.store import JournalStart, Store, StoreOptions, open_store
-from csvfs.truncation import Truncation
+from csvfs.journal.store import JournalStart, Store, StoreOptions, open_store
+from csvfs.membership.slot_start import journal_place
+from csvfs.namespace.inode_table import InodeTable
+from csvfs.namespace.metadata import Metadata
+from csvfs.namespace.names import Namespace
+from csvfs.namespace.open_files import OpenFiles
+from csvfs.namespace.rename import Renamer
+from csvfs.ondisk.block import BLOCK_BYTES, BLOCKS_PER_UNIT
+from csvfs.ondisk.superblock import Superblock
 from lockmgr.manager import LockManager
 from lockmgr.modes import Mode
 from redirector.block.device import BlockError, BlockIO
@@ -186,7 +186,7 @@ async def open_volume(
     options: VolumeOptions | None = None,
     on_failed: Callable[[VolumeFailed], None] | None = None,
 ) -> AsyncIterator[Volume]:
-    """The volume of a slot whose journal is empty: replayed (`csvfs.replay`), or just made.
+    """The volume of a slot whose journal is empty: replayed (`csvfs.journal.replay`), or just made.
 
     The caller has the right to write to the LUN, and calls `Volume.recover` for each slot that
     was replayed before anything else. Leaving the block closes the volume and the lock manager,

@@ -40,7 +40,7 @@ def _is_property(item: pytest.Item) -> bool:
     machine = isinstance(item, pytest.Function) and issubclass(
         item.cls or object, unittest.TestCase
     )
-    return machine or item.get_closest_marker("hypothesis") is not None
+    return machine or getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

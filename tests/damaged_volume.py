@@ -20,7 +20,7 @@ from csvfs.format import (
     block_version,
     seal,
 )
-from csvfs.inode import Inode
+from csvfs.namespace.inode import Inode
 from csvfs.volume import Volume
 from redirector.block.device import BlockDevice
 from redirector.block.simulated import SimulatedLun

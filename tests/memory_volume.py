@@ -29,9 +29,10 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from csvfs import errors, mountpoint
-from csvfs.fuse import mount_options, prepare, serve
-from csvfs.inode import Attributes, SetAttributes
+from csvfs import errors
+from csvfs.host import mountpoint
+from csvfs.host.fuse import mount_options, prepare, serve
+from csvfs.namespace.inode import Attributes, SetAttributes
 from csvfs.operations import Operations
 from tests.tgt import wait_until
 

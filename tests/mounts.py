@@ -29,8 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from csvfs import mountpoint
-from csvfs.fuse import Connection
+from csvfs.host import mountpoint
+from csvfs.host.fuse import Connection
 from tests.tgt import wait_until
 
 CSVCTL = str(Path(sys.executable).with_name("csvctl"))

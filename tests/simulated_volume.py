@@ -9,11 +9,11 @@ from random import Random
 
 from csvfs.errors import VolumeFailed
 from csvfs.format import Superblock
-from csvfs.format_geometry import ROOT_INODE
-from csvfs.handle import Handle
-from csvfs.inode import Attributes
+from csvfs.membership.slot_start import begin_slot, replay_slot
 from csvfs.mkfs import FormatOptions, make_filesystem
-from csvfs.slot_start import begin_slot, replay_slot
+from csvfs.namespace.handle import Handle
+from csvfs.namespace.inode import Attributes
+from csvfs.ondisk.geometry import ROOT_INODE
 from csvfs.volume import Volume, VolumeOptions, open_volume
 from lockmgr.manager import LockManager, open_lock_manager
 from lockmgr.settings import Settings

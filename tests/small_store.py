@@ -16,10 +16,10 @@ from csvfs.format import (
     new_block,
     seal,
 )
-from csvfs.journal_record import JournalPlace
-from csvfs.replay import initialise_journal, replay
-from csvfs.store import Store, open_store
-from csvfs.transaction import Transaction
+from csvfs.journal.record import JournalPlace
+from csvfs.journal.replay import initialise_journal, replay
+from csvfs.journal.store import Store, open_store
+from csvfs.journal.transaction import Transaction
 from redirector.block.device import InitiatorPort
 from redirector.block.simulated import Command, SimulatedDevice, SimulatedLun
 

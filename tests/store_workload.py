@@ -28,9 +28,9 @@ from csvfs.format import (
     seal,
     verify,
 )
-from csvfs.replay import ReplayReport, initialise_journal, replay
-from csvfs.store import JournalStart, Store, open_store
-from csvfs.transaction import MAX_TX_BLOCKS, Transaction
+from csvfs.journal.replay import ReplayReport, initialise_journal, replay
+from csvfs.journal.store import JournalStart, Store, open_store
+from csvfs.journal.transaction import MAX_TX_BLOCKS, Transaction
 from redirector.block.medium import Blocks
 from redirector.block.simulated import SimulatedDevice, SimulatedLun
 from tests.crash import PORT, CrashRun, Cut, deterministic_run

@@ -7,8 +7,8 @@ import stat
 
 import trio
 
-from csvfs.inode import SetAttributes
-from csvfs.rename import EXCHANGE
+from csvfs.namespace.inode import SetAttributes
+from csvfs.namespace.rename import EXCHANGE
 from tests.simulated_volume import UNIT
 from tests.volume_users import (
     MOST_RECORDS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from csvfs.handle import Handle
+from csvfs.namespace.handle import Handle
 from csvfs.volume import Volume
 from redirector.block.arbiter import Op
 from redirector.block.simulated import Command, SimulatedLun

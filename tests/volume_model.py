@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from csvfs import errors
-from csvfs.inode import SetAttributes
-from csvfs.rename import EXCHANGE, NOREPLACE
+from csvfs.namespace.inode import SetAttributes
+from csvfs.namespace.rename import EXCHANGE, NOREPLACE
 
 
 @dataclass(eq=False)

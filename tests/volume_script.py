@@ -17,9 +17,9 @@ import pytest
 
 from csvfs.check import Damage, check_volume
 from csvfs.format import NOBODY, SlotState, Superblock, View, ViewSlot, ViewSlotFlag
-from csvfs.format_geometry import ROOT_INODE
-from csvfs.handle import Handle
-from csvfs.inode import Attributes
+from csvfs.namespace.handle import Handle
+from csvfs.namespace.inode import Attributes
+from csvfs.ondisk.geometry import ROOT_INODE
 from csvfs.volume import Volume
 from lockmgr.settings import Settings
 from redirector.block.device import BlockDevice

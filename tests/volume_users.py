@@ -11,8 +11,8 @@ from random import Random
 from struct import Struct
 from typing import Any, Final
 
-from csvfs.format_geometry import ROOT_INODE
-from csvfs.handle import Handle
+from csvfs.namespace.handle import Handle
+from csvfs.ondisk.geometry import ROOT_INODE
 from csvfs.volume import Volume
 from tests.crash import CrashRun
 from tests.simulated_volume import UNIT

@@ -23,8 +23,8 @@ from random import Random
 import trio
 
 from csvfs.format import Superblock
-from csvfs.format_geometry import ROOT_INODE
-from csvfs.transaction import Transaction
+from csvfs.journal.transaction import Transaction
+from csvfs.ondisk.geometry import ROOT_INODE
 from csvfs.volume import Volume
 from tests.crash import CrashRun, Cut
 from tests.lock_rival import LockRival

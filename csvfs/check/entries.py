@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from csvfs.directory import Entry, name_key
 from csvfs.errors import FilesystemError
 from csvfs.format import (
     DIRECTORY_HASH_MASK,
@@ -13,7 +12,8 @@ from csvfs.format import (
     MAX_NAME_BYTES,
     UNIT_BYTES,
 )
-from csvfs.inode import MAX_FILE_BYTES, check_name
+from csvfs.namespace.directory import Entry, name_key
+from csvfs.namespace.inode import MAX_FILE_BYTES, check_name
 
 
 def parse_entry(key: int, value: bytes) -> Entry:

@@ -24,8 +24,8 @@ from csvfs.format import (
     ViewSlot,
     newest_view,
 )
-from csvfs.journal_record import JournalPlace
-from csvfs.replay import (
+from csvfs.journal.record import JournalPlace
+from csvfs.journal.replay import (
     JournalDamaged,
     home_is_older,
     initialise_journal,

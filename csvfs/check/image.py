@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 from csvfs.format import BLOCK_BYTES, BadBlock, BlockType, block_flags, seal, verify
-from csvfs.transaction import BlockKey, NeedBlocks
+from csvfs.journal.transaction import BlockKey, NeedBlocks
 from redirector.block.device import Buffer
 
 READ_DEPTH = 32

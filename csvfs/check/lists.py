@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import cast
 
-from csvfs.btree import TreeRoot
-from csvfs.btree_node import Block, Item
+from csvfs.btree.node import Block, Item
+from csvfs.btree.tree import TreeRoot
 from csvfs.check.finding import Damage
 from csvfs.check.tree_walk import walk_tree
 from csvfs.check.walk import Visit, Walk
@@ -22,7 +22,7 @@ from csvfs.format import (
     block_owner,
     verify,
 )
-from csvfs.transaction import BlockKey
+from csvfs.journal.transaction import BlockKey
 
 
 async def walk_lists(walk: Walk, slots: list[int]) -> None:

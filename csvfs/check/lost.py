@@ -6,8 +6,8 @@ import stat
 from functools import partial
 from typing import cast
 
-from csvfs.btree import TreeRoot
-from csvfs.btree_node import Block, Item
+from csvfs.btree.node import Block, Item
+from csvfs.btree.tree import TreeRoot
 from csvfs.check.claims import Claims
 from csvfs.check.entries import entry_fault, parse_entry
 from csvfs.check.finding import Damage
@@ -15,8 +15,8 @@ from csvfs.check.tree_walk import walk_tree
 from csvfs.check.walk import BATCH_INODES, Visit, Walk, symlink_fault
 from csvfs.check.workbench import Workbench
 from csvfs.format import BadBlock, BlockType
-from csvfs.inode import Inode
-from csvfs.transaction import BlockKey
+from csvfs.journal.transaction import BlockKey
+from csvfs.namespace.inode import Inode
 
 
 async def walk_lost(walk: Walk, unclaimed: list[int]) -> None:

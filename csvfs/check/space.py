@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-from csvfs.btree_node import Block
+from csvfs.btree.node import Block
 from csvfs.check.claims import METADATA, Claims
 from csvfs.check.finding import Damage, Finding, Repair
 from csvfs.check.image import VolumeImage
@@ -26,7 +26,7 @@ from csvfs.format import (
     new_map_block,
     unit_state,
 )
-from csvfs.transaction import BlockKey
+from csvfs.journal.transaction import BlockKey
 
 GROUPS_AT_ONCE = 64
 _MAP_WORDS = struct.Struct(f"<{UNITS_PER_MAP}H")

@@ -1,6 +1,6 @@
 """Read a whole B-tree, level by level, believing nothing.
 
-Unlike `csvfs.btree_check` this goes on where a node is damaged: what can be read is used, what
+Unlike `csvfs.btree.verify` this goes on where a node is damaged: what can be read is used, what
 cannot is named, and the tree can be rebuilt of the rest.
 """
 
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
-from csvfs.btree import TreeRoot, child_address
-from csvfs.btree_node import LEVEL_KIND_COUNT, MAX_KEY, MAX_LEVEL, Block, Item, NodeLayout
+from csvfs.btree.node import LEVEL_KIND_COUNT, MAX_KEY, MAX_LEVEL, Block, Item, NodeLayout
+from csvfs.btree.tree import TreeRoot, child_address
 from csvfs.check.claims import Claims
 from csvfs.check.image import VolumeImage
 from csvfs.format import BadBlock, BlockType
-from csvfs.transaction import BlockKey
+from csvfs.journal.transaction import BlockKey
 
 BATCH_NODES = 512
 

@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
-from csvfs.btree import TreeRoot
-from csvfs.btree_node import Block, Item
+from csvfs.btree.node import Block, Item
+from csvfs.btree.tree import TreeRoot
 from csvfs.check.claims import Claims
 from csvfs.check.entries import entry_fault, extent_fault, name_words, parse_entry
 from csvfs.check.finding import Damage, Finding, Repair, Totals
 from csvfs.check.image import VolumeImage
 from csvfs.check.tree_walk import TreeFacts, walk_tree
 from csvfs.check.workbench import Workbench
-from csvfs.directory import Entry
 from csvfs.format import (
     EXTENT_VALUE,
     INODE_ROOT_BYTES,
@@ -34,9 +33,10 @@ from csvfs.format import (
     UnitState,
     unpack_place,
 )
-from csvfs.inode import Inode
-from csvfs.transaction import BlockKey
-from csvfs.xattrs import unpack_attributes
+from csvfs.journal.transaction import BlockKey
+from csvfs.namespace.directory import Entry
+from csvfs.namespace.inode import Inode
+from csvfs.namespace.xattrs import unpack_attributes
 
 BATCH_INODES = 512
 Name = tuple[int, int]

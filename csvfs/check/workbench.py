@@ -12,16 +12,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from csvfs.btree import Tree, TreeRoot
-from csvfs.btree_edit import TreeEditor
-from csvfs.btree_node import Item
+from csvfs.btree.edit import TreeEditor
+from csvfs.btree.node import Item
+from csvfs.btree.tree import Tree, TreeRoot
 from csvfs.check.claims import Claims
 from csvfs.check.entries import parse_entry
 from csvfs.check.image import VolumeImage
-from csvfs.directory import add_entry, change_entry, find_entry
 from csvfs.format import ROOT_INODE, BlockType, Geometry
-from csvfs.inode import Inode, new_inode
-from csvfs.transaction import BlockKey, NeedBlocks, Transaction, TransactionScope
+from csvfs.journal.transaction import BlockKey, NeedBlocks, Transaction, TransactionScope
+from csvfs.namespace.directory import add_entry, change_entry, find_entry
+from csvfs.namespace.inode import Inode, new_inode
 
 T = TypeVar("T")
 LOST_AND_FOUND = b"lost+found"

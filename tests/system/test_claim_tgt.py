@@ -14,14 +14,14 @@ from random import Random
 import pytest
 import trio
 
-from csvfs.claim import Claim, ClaimRefused, claim_volume, release_volume
-from csvfs.claim_decision import Host
-from csvfs.claim_refusals import RefuseOther
-from csvfs.claim_seat import JournalTask
 from csvfs.format import Superblock
+from csvfs.membership.claim import Claim, ClaimRefused, claim_volume, release_volume
+from csvfs.membership.decision import Host
+from csvfs.membership.newcomer import open_newcomer
+from csvfs.membership.refusals import RefuseOther
+from csvfs.membership.seat import JournalTask
 from csvfs.mkfs import FormatOptions, make_filesystem
 from csvfs.mkfs_claim import Formatter
-from csvfs.newcomer import open_newcomer
 from redirector.block.device import BlockDevice
 from redirector.block.keys import choose_port
 from redirector.block.reservations import survey

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from csvfs import mountpoint
+from csvfs.host import mountpoint
 from tests.mounts import Host, Mount
 from tests.tgt import Tgt, wait_until
 from tests.workload import ledger

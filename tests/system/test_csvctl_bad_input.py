@@ -14,7 +14,7 @@ import pytest
 
 from csvctl.outcomes import OUTCOMES
 from csvfs.format import BLOCK_BYTES, SUPERBLOCK_ADDRESS, Superblock, byte_offset
-from csvfs.problems import Kind
+from csvfs.host.problems import Kind
 from tests.mounts import Host
 from tests.tgt import Tgt
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from csvctl.outcomes import OUTCOMES
-from csvfs.problems import Kind
+from csvfs.host.problems import Kind
 from redirector.block.device import InitiatorPort
 from redirector.block.url import open_lun
 from tests.mounts import Host

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from csvfs import mountpoint
+from csvfs.host import mountpoint
 from tests.guest.image import bootable_image
 from tests.guest.machine import Machine
 from tests.mounts import Mount

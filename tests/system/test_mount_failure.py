@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from csvfs import mountpoint
 from csvfs.format import (
     BLOCK_BYTES,
     VIEW_ADDRESSES,
@@ -21,6 +20,7 @@ from csvfs.format import (
     byte_offset,
     newest_view,
 )
+from csvfs.host import mountpoint
 from tests.mounts import Host
 from tests.tgt import Tgt, wait_until
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from csvfs import mountpoint
+from csvfs.host import mountpoint
 from tests.mounts import CSVCTL, Host, Mount
 from tests.tgt import Tgt, wait_until
 

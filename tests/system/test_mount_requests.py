@@ -15,8 +15,8 @@ from pathlib import Path
 import pyfuse3
 import pytest
 
-from csvfs.fuse import MAX_BACKGROUND, Connection
-from csvfs.mountpoint import mounts
+from csvfs.host.fuse import MAX_BACKGROUND, Connection
+from csvfs.host.mountpoint import mounts
 from tests.memory_volume import memory_mount
 from tests.tgt import wait_until
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from random import Random
 
 from csvfs import format as fmt
-from csvfs.claim import (
+from csvfs.format import SlotState, Superblock
+from csvfs.membership.claim import (
     Claim,
     claim_volume,
     release_volume,
 )
-from csvfs.claim_decision import Host
-from csvfs.claim_seat import JournalTask
-from csvfs.fixed_area import read_view
-from csvfs.format import SlotState, Superblock
+from csvfs.membership.decision import Host
+from csvfs.membership.fixed_area import read_view
+from csvfs.membership.seat import JournalTask
 from csvfs.mkfs import FormatOptions, make_filesystem
 from redirector.block.device import (
     BlockDevice,

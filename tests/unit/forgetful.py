@@ -10,8 +10,7 @@ from collections.abc import Callable, Hashable, Iterable
 from random import Random
 from typing import TypeVar
 
-from csvfs.format_block import BadBlock, BlockType, block_flags, block_owner, block_type
-from csvfs.transaction import (
+from csvfs.journal.transaction import (
     BlockKey,
     HeldLock,
     LockHolder,
@@ -20,6 +19,7 @@ from csvfs.transaction import (
     Transaction,
     TransactionScope,
 )
+from csvfs.ondisk.block import BadBlock, BlockType, block_flags, block_owner, block_type
 
 T = TypeVar("T")
 VOLUME_ID = bytes(range(16))

@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 
-from csvfs.allocator import Groups, Run, Totals
+from csvfs.allocation.allocator import Groups, Run, Totals
+from csvfs.allocation.group import RESERVE_UNITS, Group
+from csvfs.engine.locks import Resources
 from csvfs.errors import Damaged, NoSpace
-from csvfs.format_geometry import GROUP_UNITS, UNITS_PER_MAP, Geometry
-from csvfs.format_groups import MAP_STATES_OFFSET, GroupHeader, UnitState, unit_state, used_blocks
-from csvfs.group import RESERVE_UNITS, Group
-from csvfs.locks import Resources
-from csvfs.transaction import BlockReader, Transaction
+from csvfs.journal.transaction import BlockReader, Transaction
+from csvfs.ondisk.geometry import GROUP_UNITS, UNITS_PER_MAP, Geometry
+from csvfs.ondisk.groups import MAP_STATES_OFFSET, GroupHeader, UnitState, unit_state, used_blocks
 from tests.unit.forgetful import VOLUME_ID, ForgetfulBlocks
 
 

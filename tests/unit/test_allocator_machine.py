@@ -13,10 +13,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from csvfs.allocator import GOOD_RUN_UNITS
+from csvfs.allocation.allocator import GOOD_RUN_UNITS
+from csvfs.allocation.group import RESERVE_UNITS
 from csvfs.errors import Damaged, NoSpace
-from csvfs.format_geometry import GROUP_UNITS, UNITS_PER_MAP
-from csvfs.group import RESERVE_UNITS
+from csvfs.ondisk.geometry import GROUP_UNITS, UNITS_PER_MAP
 from tests.unit.test_allocator import TWO_GROUPS, Volume
 
 

@@ -6,9 +6,7 @@ from random import Random
 
 import pytest
 
-from csvfs.format_geometry import UNITS_PER_MAP
-from csvfs.format_groups import UnitState, new_map_block, set_used_blocks, unit_state, used_blocks
-from csvfs.unit_map import (
+from csvfs.allocation.unit_map import (
     ALL_BLOCKS,
     find_partial,
     find_run,
@@ -21,6 +19,8 @@ from csvfs.unit_map import (
     take_block,
     unused_map_mask,
 )
+from csvfs.ondisk.geometry import UNITS_PER_MAP
+from csvfs.ondisk.groups import UnitState, new_map_block, set_used_blocks, unit_state, used_blocks
 from tests.unit.forgetful import VOLUME_ID
 
 

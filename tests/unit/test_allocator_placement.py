@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from csvfs import placement
-from csvfs.format_geometry import GROUP_UNITS, Geometry
+from csvfs.allocation import placement
+from csvfs.ondisk.geometry import GROUP_UNITS, Geometry
 
 GEOMETRY = Geometry.of_units(39 + 8 * GROUP_UNITS + 100 + 1, 1, 16)
 

@@ -9,10 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from csvfs.block_transfer import TRANSFER_DEPTH
 from csvfs.errors import DataLost
-from csvfs.inode import SetAttributes
-from csvfs.store import StoreOptions
+from csvfs.journal.block_transfer import TRANSFER_DEPTH
+from csvfs.journal.store import StoreOptions
+from csvfs.namespace.inode import SetAttributes
 from csvfs.volume import VolumeOptions
 from redirector.block.arbiter import Op
 from redirector.block.device import MediumError

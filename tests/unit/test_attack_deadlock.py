@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from csvfs.errors import FilesystemError, VolumeFailed
-from csvfs.rename import EXCHANGE
+from csvfs.namespace.rename import EXCHANGE
 from csvfs.volume import Volume
 from lockmgr.settings import Settings
 from redirector.block.simulated import SimulatedLun

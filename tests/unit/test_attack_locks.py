@@ -13,9 +13,9 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+from csvfs.engine.locks import RENAME
 from csvfs.errors import NotEmpty
-from csvfs.locks import RENAME
-from csvfs.rename import EXCHANGE
+from csvfs.namespace.rename import EXCHANGE
 from csvfs.volume import Volume
 from lockmgr.manager import LockManager
 from lockmgr.modes import Mode

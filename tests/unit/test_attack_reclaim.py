@@ -6,12 +6,12 @@ import pytest
 import trio
 import trio.testing
 
-import csvfs.change
-import csvfs.reclaim
-from csvfs.change import Change
+import csvfs.data.reclaim
+import csvfs.engine.change
+from csvfs.engine.change import Change
 from csvfs.errors import Damaged, NoSpace
-from csvfs.format_inode import InodeFlag
-from csvfs.inode import SetAttributes
+from csvfs.namespace.inode import SetAttributes
+from csvfs.ondisk.inode import InodeFlag
 from redirector.block.simulated import SimulatedLun
 from tests.simulated_volume import LUN_BYTES, PORT, ROOT, UNIT, create, formatted, mounted
 from tests.volume_script import assert_clean
@@ -26,7 +26,7 @@ async def test_a_reclaimer_that_finds_no_space_does_not_wait_for_itself(
     async with mounted(await lun.login(PORT), superblock) as (volume, _):
         handle = await create(volume, b"f")
         await volume.write(handle, 0, bytes(5 * UNIT))
-        take_apart = csvfs.reclaim._take_apart
+        take_apart = csvfs.data.reclaim._take_apart
         full = True
 
         def without_space(change: Change, slot: int, ino: int) -> bool:
@@ -34,7 +34,7 @@ async def test_a_reclaimer_that_finds_no_space_does_not_wait_for_itself(
                 raise NoSpace("no group has a free metadata block")
             return take_apart(change, slot, ino)
 
-        monkeypatch.setattr(csvfs.reclaim, "_take_apart", without_space)
+        monkeypatch.setattr(csvfs.data.reclaim, "_take_apart", without_space)
         await volume.release(handle)
         await volume.forget(handle.ino, 1)
         await volume.unlink(ROOT, b"f")
@@ -52,7 +52,7 @@ async def test_a_reclaimer_that_finds_no_space_does_not_wait_for_itself(
 async def test_a_file_that_loses_its_name_in_the_middle_of_a_truncation_leaves_no_orphan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(csvfs.change, "REMOVAL_BLOCKS", 47)  # short batches
+    monkeypatch.setattr(csvfs.engine.change, "REMOVAL_BLOCKS", 47)  # short batches
     lun = SimulatedLun(256 << 20)
     superblock = await formatted(lun)
     async with mounted(await lun.login(PORT), superblock) as (volume, _):

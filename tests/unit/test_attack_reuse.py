@@ -14,7 +14,7 @@ import trio
 
 from csvfs.errors import NoSpace
 from csvfs.format import Superblock
-from csvfs.inode import SetAttributes
+from csvfs.namespace.inode import SetAttributes
 from csvfs.volume import Volume
 from redirector.block.simulated import SimulatedLun
 from tests.crash import PORT, CrashRun, Cut, cut_everywhere, record_workload, show

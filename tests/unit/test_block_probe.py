@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from csvfs.format_superblock import ProbeFlag as StoredFlag
+from csvfs.ondisk.superblock import ProbeFlag as StoredFlag
 from redirector.block.arbiter import ArbiterHabits, Op
 from redirector.block.device import InitiatorPort, LoginFailed, OutcomeUnknown
 from redirector.block.file import FileLun

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import trio
 
-from csvfs.block_transfer import in_parallel, read_extent, write_extent, write_images
 from csvfs.format import BLOCK_BYTES
+from csvfs.journal.block_transfer import in_parallel, read_extent, write_extent, write_images
 from redirector.block.device import MediumError
 from redirector.block.simulated import Command, SimulatedDevice, SimulatedLun
 from tests.small_store import LUN_BYTES, PORT, sealed

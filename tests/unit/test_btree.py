@@ -15,12 +15,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from csvfs.btree import MAX_KEY, MAX_VALUE_BYTES, Tree, TreeRoot
-from csvfs.btree_check import TreeStatistics, verify
-from csvfs.btree_edit import DuplicateKey, RemovedRange, TreeEditor
-from csvfs.format_block import new_block
-from csvfs.format_inode import NodeKind
-from csvfs.transaction import Transaction
+from csvfs.btree.edit import DuplicateKey, RemovedRange, TreeEditor
+from csvfs.btree.tree import MAX_KEY, MAX_VALUE_BYTES, Tree, TreeRoot
+from csvfs.btree.verify import TreeStatistics, verify
+from csvfs.journal.transaction import Transaction
+from csvfs.ondisk.block import new_block
+from csvfs.ondisk.inode import NodeKind
 from tests.unit.forgetful import VOLUME_ID, Addresses, ForgetfulBlocks
 
 INO = 77

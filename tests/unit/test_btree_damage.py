@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 
-from csvfs.btree import MAX_KEY, Tree, TreeRoot
-from csvfs.btree_check import faults, verify
-from csvfs.btree_edit import DuplicateKey, TreeEditor
-from csvfs.format_block import BadBlock
-from csvfs.format_inode import NODE_HEADER, NODE_OFFSET, NodeKind
-from csvfs.transaction import BlockReader, Transaction, TransactionTooLarge
+from csvfs.btree.edit import DuplicateKey, TreeEditor
+from csvfs.btree.tree import MAX_KEY, Tree, TreeRoot
+from csvfs.btree.verify import faults, verify
+from csvfs.journal.transaction import BlockReader, Transaction, TransactionTooLarge
+from csvfs.ondisk.block import BadBlock
+from csvfs.ondisk.inode import NODE_HEADER, NODE_OFFSET, NodeKind
 from tests.unit.test_btree import INO, Owner, number
 
 KEYS_AT = NODE_OFFSET + NODE_HEADER.size

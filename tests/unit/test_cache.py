@@ -6,9 +6,9 @@ import pytest
 import trio
 import trio.testing
 
-from csvfs.cache import BLOCK_COST_BYTES, BlockCache
 from csvfs.format import BLOCK_BYTES, BadBlock, BlockType
-from csvfs.transaction import BlockKey, Image, NeedBlocks
+from csvfs.journal.cache import BLOCK_COST_BYTES, BlockCache
+from csvfs.journal.transaction import BlockKey, Image, NeedBlocks
 from redirector.block.arbiter import Op
 from redirector.block.device import MediumError
 from redirector.block.simulated import Command, SimulatedLun

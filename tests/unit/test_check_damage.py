@@ -6,10 +6,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from csvfs.btree import TreeRoot
-from csvfs.btree_node import LEVEL_KIND_COUNT
+from csvfs.btree.node import LEVEL_KIND_COUNT
+from csvfs.btree.tree import TreeRoot
 from csvfs.check import Damage, Report
-from csvfs.directory import name_key
 from csvfs.format import (
     EXTENT_VALUE,
     GROUP_FREE_UNITS_OFFSET,
@@ -28,6 +27,7 @@ from csvfs.format import (
     unpack_place,
     used_blocks,
 )
+from csvfs.namespace.directory import name_key
 from tests.damaged_volume import DamagedVolume, damaged_volume
 from tests.simulated_volume import ROOT, SLOT, mounted, names
 

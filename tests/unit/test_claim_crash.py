@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from csvfs.claim import (
+from csvfs.membership.claim import (
     Claim,
     ClaimFailed,
     ClaimRefused,

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csvfs import format as fmt
-from csvfs.claim_decision import (
+from csvfs.format import SlotState, ViewSlot, ViewSlotFlag
+from csvfs.membership.decision import (
     SILENCE_S,
     Decision,
     Host,
@@ -22,7 +23,7 @@ from csvfs.claim_decision import (
     WaitSilence,
     decide,
 )
-from csvfs.claim_refusals import (
+from csvfs.membership.refusals import (
     RefuseCopy,
     RefuseFeature,
     RefuseForeign,
@@ -30,14 +31,13 @@ from csvfs.claim_refusals import (
     RefuseOther,
     RefuseTooSmall,
 )
-from csvfs.claim_seat import (
+from csvfs.membership.seat import (
     Seat,
     active_view,
     choose_seat,
     joining_view,
     left_view,
 )
-from csvfs.format import SlotState, ViewSlot, ViewSlotFlag
 from redirector.block.device import LunIdentity, Reservation, ReservationType
 from redirector.block.keys import MAX_INCARNATION, PathKey, newcomer_key
 

@@ -11,21 +11,21 @@ import trio
 from trio.testing import MockClock
 
 from csvfs import format as fmt
-from csvfs.claim import (
+from csvfs.membership.claim import (
     Claim,
     ClaimFailed,
     ClaimRefused,
     LeaveIncomplete,
 )
-from csvfs.claim_refusals import (
+from csvfs.membership.fixed_area import NoVolume
+from csvfs.membership.newcomer import ForeignReservation, open_newcomer
+from csvfs.membership.refusals import (
     RefuseCopy,
     RefuseForeign,
     RefuseMountedHere,
     RefuseOther,
 )
-from csvfs.claim_seat import JournalTask
-from csvfs.fixed_area import NoVolume
-from csvfs.newcomer import ForeignReservation, open_newcomer
+from csvfs.membership.seat import JournalTask
 from redirector.block.arbiter import Op
 from redirector.block.device import (
     BlockError,

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from csvfs import change, reclaim
+from csvfs.data import reclaim
+from csvfs.engine import change
 from redirector.block.simulated import SimulatedLun
 from tests.crash import cut_everywhere, record_workload, show
 from tests.simulated_volume import LUN_BYTES

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import trio
 
-from csvfs import change, reclaim
+from csvfs.data import reclaim
+from csvfs.engine import change
 from csvfs.format import Superblock
-from csvfs.inode import SetAttributes
+from csvfs.namespace.inode import SetAttributes
 from redirector.block.simulated import SimulatedLun
 from tests.crash import CrashReport, CrashRun, Cut, cut_everywhere, record_workload, show
 from tests.simulated_volume import (

@@ -13,7 +13,7 @@ from csvctl import console, main
 from csvctl.mount_helper import MountOptions, parse_options
 from csvctl.mount_helper import run as run_mount_helper
 from csvctl.sizes import parse_key, parse_size
-from csvfs.problems import Kind, Problem
+from csvfs.host.problems import Kind, Problem
 
 COMMANDS = ("format", "mount", "umount", "status", "check", "dump")
 

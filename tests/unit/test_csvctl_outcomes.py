@@ -8,10 +8,10 @@ import pytest
 
 from csvctl import outcomes
 from csvctl.outcomes import OUTCOMES, fsck_code, mount_code
-from csvfs import mountpoint
 from csvfs.errors import Damaged, DataLost
-from csvfs.format_geometry import BadGeometry
-from csvfs.problems import Kind, Problem, problem_of
+from csvfs.host import mountpoint
+from csvfs.host.problems import Kind, Problem, problem_of
+from csvfs.ondisk.geometry import BadGeometry
 from redirector.block import device
 
 

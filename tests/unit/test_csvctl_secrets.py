@@ -13,9 +13,9 @@ import pytest
 from csvctl import password
 from csvctl.credentials import find_credentials
 from csvctl.lun_argument import read_lun
-from csvfs.logs import JournalHandler, Redact, logging_to
-from csvfs.problems import Kind, Problem
-from csvfs.settings import MountSettings
+from csvfs.host.logs import JournalHandler, Redact, logging_to
+from csvfs.host.problems import Kind, Problem
+from csvfs.host.settings import MountSettings
 from redirector.block.url import parse_lun_url
 
 IQN = "iqn.2026-11.org.example:vms"

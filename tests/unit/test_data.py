@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from csvfs import errors
-from csvfs.inode import MAX_FILE_BYTES, SetAttributes
+from csvfs.namespace.inode import MAX_FILE_BYTES, SetAttributes
 from redirector.block.arbiter import Op
 from redirector.block.simulated import SimulatedLun
 from tests.simulated_volume import LUN_BYTES, PORT, RDWR, ROOT, UNIT, create, formatted, mounted

@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from csvfs import errors
-from csvfs.inode import SetAttributes
+from csvfs.namespace.inode import SetAttributes
 from redirector.block.arbiter import Op
 from redirector.block.device import MediumError, SpaceExhausted
 from redirector.block.simulated import Command

@@ -17,14 +17,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from csvfs import extents
-from csvfs.btree import TreeRoot
-from csvfs.btree_check import verify
-from csvfs.btree_edit import TreeEditor
-from csvfs.extents import Extent, RemovedUnits, Segment
-from csvfs.format_block import BadBlock, BlockType, new_block
-from csvfs.format_inode import EXTENT_VALUE
-from csvfs.transaction import Transaction
+from csvfs.btree.edit import TreeEditor
+from csvfs.btree.tree import TreeRoot
+from csvfs.btree.verify import verify
+from csvfs.data import extents
+from csvfs.data.extents import Extent, RemovedUnits, Segment
+from csvfs.journal.transaction import Transaction
+from csvfs.ondisk.block import BadBlock, BlockType, new_block
+from csvfs.ondisk.inode import EXTENT_VALUE
 from tests.unit.forgetful import VOLUME_ID, Addresses, ForgetfulBlocks
 
 INO = 77

@@ -9,9 +9,9 @@ import trio
 import trio.testing
 
 from csvfs.format import BLOCK_BYTES, BadBlock
-from csvfs.journal import JournalTimes
-from csvfs.store import Store, StoreOptions
-from csvfs.transaction import MAX_TX_BLOCKS, BlockKey, NeedBlocks, Transaction
+from csvfs.journal.journal import JournalTimes
+from csvfs.journal.store import Store, StoreOptions
+from csvfs.journal.transaction import MAX_TX_BLOCKS, BlockKey, NeedBlocks, Transaction
 from redirector.block.arbiter import Op
 from redirector.block.simulated import Command, SimulatedLun
 from tests.small_store import (

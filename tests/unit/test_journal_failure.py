@@ -10,7 +10,7 @@ import trio.testing
 
 from csvfs.errors import VolumeFailed
 from csvfs.format import BLOCK_BYTES
-from csvfs.store import Store
+from csvfs.journal.store import Store
 from redirector.block.arbiter import Op
 from redirector.block.device import BlockError, OutcomeUnknown, SpaceExhausted
 from redirector.block.simulated import Command, SimulatedLun

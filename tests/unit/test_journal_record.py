@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csvfs.format import BLOCK_BYTES, BadBlock, BlockType, new_block, seal
-from csvfs.journal_record import (
+from csvfs.journal.record import (
     JournalPlace,
     RecordImage,
     Ring,
@@ -18,7 +18,7 @@ from csvfs.journal_record import (
     peek_record,
     record_blocks,
 )
-from csvfs.transaction import BlockKey
+from csvfs.journal.transaction import BlockKey
 from tests.small_store import KIND, PLACE, VOLUME_ID, sealed
 
 

@@ -13,11 +13,11 @@ import trio
 from trio.testing import MockClock
 
 from csvfs import format as fmt
-from csvfs.claim import Claim, claim_volume, release_volume
-from csvfs.claim_decision import Host
-from csvfs.claim_seat import JournalTask
-from csvfs.fixed_area import read_superblock, read_view
 from csvfs.format import Superblock, WriteCache
+from csvfs.membership.claim import Claim, claim_volume, release_volume
+from csvfs.membership.decision import Host
+from csvfs.membership.fixed_area import read_superblock, read_view
+from csvfs.membership.seat import JournalTask
 from csvfs.mkfs import FormatOptions
 from csvfs.mkfs_claim import (
     FormatRefused,

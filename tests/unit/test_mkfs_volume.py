@@ -9,11 +9,11 @@ from random import Random
 import pytest
 
 from csvfs import format as fmt
-from csvfs.btree import Tree, TreeRoot
+from csvfs.btree.tree import Tree, TreeRoot
 from csvfs.format import BadBlock, BlockType, Superblock
-from csvfs.inode import Inode
+from csvfs.journal.transaction import BlockKey
 from csvfs.mkfs import FormatOptions, make_filesystem, read_signatures
-from csvfs.transaction import BlockKey
+from csvfs.namespace.inode import Inode
 from redirector.block.device import (
     BlockDevice,
     InitiatorPort,

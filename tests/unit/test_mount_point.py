@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from csvfs import mountpoint
-from csvfs.fuse import mount_options, unblocked_reads
+from csvfs.host import mountpoint
+from csvfs.host.fuse import mount_options, unblocked_reads
 
 MOUNTINFO = r"""36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
 39 36 0:41 / /srv/my\040vms rw,nosuid shared:7 - fuse.csvfs iscsi://h/iqn.x:y/1 rw,user_id=0
@@ -104,5 +104,8 @@ def test_an_alarm_ends_a_read_that_holds_the_interpreter() -> None:
 
 def test_importing_mountpoint_is_cheap() -> None:
     """The supervisor imports it, and stays small."""
-    code = "import sys, csvfs.mountpoint; sys.exit(any(m in sys.modules for m in ('trio', 'rich')))"
+    code = (
+        "import sys, csvfs.host.mountpoint;"
+        "sys.exit(any(m in sys.modules for m in ('trio', 'rich')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from csvfs import errors, inode, namespace
+from csvfs import errors
 from csvfs.format import BLOCK_BYTES, BLOCKS_PER_UNIT, BlockType, new_block, seal
-from csvfs.inode import SetAttributes
-from csvfs.rename import EXCHANGE, NOREPLACE
+from csvfs.namespace import inode
+from csvfs.namespace import names as namespace
+from csvfs.namespace.inode import SetAttributes
+from csvfs.namespace.rename import EXCHANGE, NOREPLACE
 from csvfs.volume import Volume, VolumeOptions
 from redirector.block.simulated import SimulatedLun
 from tests.simulated_volume import LUN_BYTES, RDWR, ROOT, create, fresh_volume, mkdir, names
@@ -250,8 +252,8 @@ async def test_a_large_directory_grows_and_shrinks() -> None:
 async def test_names_whose_hashes_collide_live_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("csvfs.directory.name_key", lambda _seed, _name: 512)
-    monkeypatch.setattr("csvfs.namespace.name_key", lambda _seed, _name: 512)
+    monkeypatch.setattr("csvfs.namespace.directory.name_key", lambda _seed, _name: 512)
+    monkeypatch.setattr("csvfs.namespace.names.name_key", lambda _seed, _name: 512)
     async with fresh_volume() as volume:
         for i in range(256):
             await volume.mknod(ROOT, b"%d" % i, stat.S_IFREG, 0, 0, 0)

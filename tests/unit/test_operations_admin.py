@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import trio
 
-from csvfs import admin, places
-from csvfs.daemon_lock import DaemonLock, daemon_lives, wait_daemon_ended
-from csvfs.events import Event, EventKind, Reporter, read_events
-from csvfs.problems import Kind, Problem
-from csvfs.record import MountRecord, MountState, find_record, records
+from csvfs.host import admin, places
+from csvfs.host.daemon_lock import DaemonLock, daemon_lives, wait_daemon_ended
+from csvfs.host.events import Event, EventKind, Reporter, read_events
+from csvfs.host.problems import Kind, Problem
+from csvfs.host.record import MountRecord, MountState, find_record, records
 
 VOLUME = bytes(range(16))
 
@@ -163,7 +163,7 @@ def test_the_lock_is_one_daemons() -> None:
 def test_the_lock_goes_with_its_process() -> None:
     code = (
         "import sys\n"
-        "from csvfs.daemon_lock import DaemonLock\n"
+        "from csvfs.host.daemon_lock import DaemonLock\n"
         "lock = DaemonLock()\n"
         "print(lock.take(bytes(range(16))), flush=True)\n"
         "sys.stdin.read()\n"

@@ -9,8 +9,8 @@ import logging
 import pytest
 
 from csvfs import errors
-from csvfs.answers import Answers, entry_attributes, errno_of
-from csvfs.inode import Attributes
+from csvfs.host.answers import Answers, entry_attributes, errno_of
+from csvfs.namespace.inode import Attributes
 from redirector.block.device import MediumError, OutcomeUnknown, SpaceExhausted
 
 

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from csvfs.errors import NoSpace
-from csvfs.inode import SetAttributes
+from csvfs.namespace.inode import SetAttributes
 from csvfs.volume import Volume
 from tests.simulated_volume import ROOT, UNIT, create, fresh_volume
 

@@ -18,9 +18,9 @@ from csvfs.format import (
     UnitState,
     unit_state,
 )
-from csvfs.handle import Handle
-from csvfs.inode import SetAttributes
-from csvfs.rename import EXCHANGE
+from csvfs.namespace.handle import Handle
+from csvfs.namespace.inode import SetAttributes
+from csvfs.namespace.rename import EXCHANGE
 from csvfs.volume import Volume
 from redirector.block.arbiter import Op
 from redirector.block.device import BlockError, IllegalRequest

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from csvfs.format import BLOCK_BYTES, VERSION_LIMIT, BadBlock, JournalHeader
-from csvfs.journal_record import Record, RecordImage, encode_record
-from csvfs.replay import (
+from csvfs.journal.record import Record, RecordImage, encode_record
+from csvfs.journal.replay import (
     JournalDamaged,
     ReplayPlan,
     ReplayReport,

@@ -9,8 +9,8 @@ import trio
 import trio.testing
 
 from csvfs.format import BLOCK_BYTES, BadBlock
-from csvfs.store import StoreOptions
-from csvfs.transaction import BlockKey, BlockReader, NeedLock, Transaction
+from csvfs.journal.store import StoreOptions
+from csvfs.journal.transaction import BlockKey, BlockReader, NeedLock, Transaction
 from redirector.block.arbiter import Op
 from redirector.block.device import MediumError
 from redirector.block.simulated import SimulatedLun

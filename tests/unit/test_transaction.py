@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 import pytest
 
 from csvfs.format import BLOCK_BYTES, BlockType, block_address, block_flags, block_owner, block_type
-from csvfs.transaction import (
+from csvfs.journal.transaction import (
     MAX_TX_FREES,
     BlockKey,
     LockHolder,

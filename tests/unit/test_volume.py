@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from csvfs import errors
-from csvfs.inode import Inode, SetAttributes
+from csvfs.namespace.inode import Inode, SetAttributes
 from lockmgr.modes import Mode
 from lockmgr.settings import Settings
 from redirector.block.arbiter import Op

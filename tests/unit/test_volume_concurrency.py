@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from csvfs.errors import FilesystemError
-from csvfs.inode import SetAttributes
-from csvfs.rename import EXCHANGE
+from csvfs.namespace.inode import SetAttributes
+from csvfs.namespace.rename import EXCHANGE
 from csvfs.volume import Volume
 from redirector.block.simulated import SimulatedLun
 from tests.crash import deterministic_run

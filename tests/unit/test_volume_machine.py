@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
 
 from csvfs.errors import FilesystemError
-from csvfs.inode import SetAttributes
-from csvfs.rename import EXCHANGE, NOREPLACE
+from csvfs.namespace.inode import SetAttributes
+from csvfs.namespace.rename import EXCHANGE, NOREPLACE
 from lockmgr.settings import Settings
 from tests.volume_model import Model, Node, OpenFile
 from tests.volume_script import Forget, Remount, Replay, Step, look

@@ -89,7 +89,7 @@ def _show(report: Report, *, repair: bool) -> None:
 
 
 async def _check(lun: LunArgument, repair: bool, show: Any) -> Report:
-    from csvfs.offline import check_offline
+    from csvfs.host.offline import check_offline
 
     return await check_offline(
         lun.open(), str(lun.url), repair=repair, progress=show, warn=console.warn

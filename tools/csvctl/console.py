@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from csvctl.outcomes import OUTCOMES
-from csvfs.problems import Problem
+from csvfs.host.problems import Problem
 
 Progress = Callable[[int, int], None]
 """(done, of how many)."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import stat
 
-from csvfs.places import config_directory
-from csvfs.problems import Kind, Problem
+from csvfs.host.places import config_directory
+from csvfs.host.problems import Kind, Problem
 from redirector.block.device import Credentials
 from redirector.block.url import LunUrl
 

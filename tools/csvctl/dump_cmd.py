@@ -9,10 +9,10 @@ import typer
 
 from csvctl import console
 from csvctl.lun_argument import LunArgument, read_lun
-from csvfs.problems import Kind, Problem
+from csvfs.host.problems import Kind, Problem
 
 if TYPE_CHECKING:
-    from csvfs.inspection import Line
+    from csvfs.host.inspection import Line
 
 
 class Structure(StrEnum):
@@ -51,8 +51,8 @@ def dump(
 async def _lines(lun: LunArgument, structure: Structure, number: int) -> list[Line]:
     from random import SystemRandom
 
-    from csvfs import inspection, places
-    from csvfs.newcomer import open_newcomer
+    from csvfs.host import inspection, places
+    from csvfs.membership.newcomer import open_newcomer
 
     newcomer = await open_newcomer(lun.open(), places.initiator_name(), SystemRandom())
     async with newcomer:

@@ -10,7 +10,7 @@ import typer
 from csvctl import console
 from csvctl.lun_argument import LunArgument, read_lun
 from csvctl.sizes import parse_key, parse_size
-from csvfs.problems import Kind, Problem
+from csvfs.host.problems import Kind, Problem
 
 if TYPE_CHECKING:
     from csvfs.format import Superblock
@@ -69,7 +69,7 @@ def format_lun(
 async def _format(
     lun: LunArgument, options: FormatOptions, force: bool, preempt_keys: frozenset[int]
 ) -> Superblock:
-    from csvfs import places
+    from csvfs.host import places
     from csvfs.mkfs_claim import Formatter
 
     with console.progress_bar("formatting") as progress:

@@ -1,7 +1,7 @@
 """Start a supervisor with its daemon, and wait until the mount answers.
 
-csvctl is told of the daemon's progress through a pipe (`csvfs.events`) and detaches only when the
-mount has answered; what the daemon could not do comes back as the `Problem` that it was.
+csvctl is told of the daemon's progress through a pipe (`csvfs.host.events`) and detaches only when
+the mount has answered; what the daemon could not do comes back as the `Problem` that it was.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import IO
 
-from csvfs import logs
-from csvfs.events import Event, EventKind, read_events
-from csvfs.problems import Kind, Problem
-from csvfs.settings import MountSettings
+from csvfs.host import logs
+from csvfs.host.events import Event, EventKind, read_events
+from csvfs.host.problems import Kind, Problem
+from csvfs.host.settings import MountSettings
 
 
 def launch(settings: MountSettings) -> Iterator[Event]:

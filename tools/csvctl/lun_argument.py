@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from csvctl import password
 from csvctl.console import warn
 from csvctl.credentials import find_credentials
-from csvfs.problems import Kind, Problem
+from csvfs.host.problems import Kind, Problem
 from redirector.block.device import Credentials, Lun
 from redirector.block.url import LunUrl, parse_lun_url
 

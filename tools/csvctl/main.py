@@ -22,7 +22,7 @@ from csvctl.mount_cmd import mount
 from csvctl.outcomes import OUTCOMES, fsck_code
 from csvctl.status_cmd import status
 from csvctl.umount_cmd import umount
-from csvfs.problems import Kind, Problem, problem_of
+from csvfs.host.problems import Kind, Problem, problem_of
 
 HELP = """csvfs: Cluster Shared Volumes for Linux. VM images on an iSCSI LUN.
 

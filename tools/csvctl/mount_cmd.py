@@ -8,8 +8,8 @@ import typer
 
 from csvctl import console
 from csvctl.lun_argument import LunArgument, read_lun, require_root
-from csvfs import places
-from csvfs.problems import Kind, Problem
+from csvfs.host import places
+from csvfs.host.problems import Kind, Problem
 
 
 def mount(
@@ -53,13 +53,13 @@ def mount_lun(
 ) -> None:
     """Mount; returns when the mount answers, or in the foreground when it has ended.
 
-    Raises `Problem`, `csvfs.mountpoint.MountPointError`, OSError.
+    Raises `Problem`, `csvfs.host.mountpoint.MountPointError`, OSError.
     """
     from csvctl.launch import launch, run_in_foreground
-    from csvfs import mountpoint
-    from csvfs.dead_mount import detach_dead_mount
-    from csvfs.events import EventKind
-    from csvfs.settings import MountSettings
+    from csvfs.host import mountpoint
+    from csvfs.host.dead_mount import detach_dead_mount
+    from csvfs.host.events import EventKind
+    from csvfs.host.settings import MountSettings
 
     if detach_dead_mount(directory):
         console.note(f"{directory}: the daemon of an earlier mount was gone; its mount is detached")

@@ -23,7 +23,7 @@ from typing import Final
 
 from csvctl import console, password
 from csvctl.outcomes import mount_code
-from csvfs.problems import Kind, Problem, problem_of
+from csvfs.host.problems import Kind, Problem, problem_of
 
 NAME: Final = "mount.csvfs"
 _FOR_THE_KERNEL: Final = frozenset(

@@ -31,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from csvfs.problems import Kind
+from csvfs.host.problems import Kind
 
 
 @dataclass(frozen=True, slots=True)

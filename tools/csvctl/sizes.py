@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from csvfs.problems import Kind, Problem
+from csvfs.host.problems import Kind, Problem
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}

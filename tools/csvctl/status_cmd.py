@@ -12,7 +12,7 @@ from csvctl import console
 from csvctl.lun_argument import require_root
 
 if TYPE_CHECKING:
-    from csvfs.record import MountRecord
+    from csvfs.host.record import MountRecord
 
 ANSWER_LIMIT_S = 5.0
 _HEADLINE = ("directory", "state", "label", "volume_id")
@@ -29,9 +29,9 @@ def status(
     Example: csvctl status /srv/vms --json
     """
     require_root()
-    from csvfs import mountpoint
-    from csvfs.problems import Kind, Problem
-    from csvfs.record import find_record, records
+    from csvfs.host import mountpoint
+    from csvfs.host.problems import Kind, Problem
+    from csvfs.host.record import find_record, records
 
     if directory:
         found = find_record(mountpoint.resolve(directory))
@@ -54,10 +54,10 @@ def status(
 
 def look(record: MountRecord) -> dict[str, Any]:
     """Everything known of a mount: what its daemon says, or what was written down of its end."""
-    from csvfs import admin, places
-    from csvfs.daemon_lock import daemon_lives
-    from csvfs.problems import Problem
-    from csvfs.record import MountState
+    from csvfs.host import admin, places
+    from csvfs.host.daemon_lock import daemon_lives
+    from csvfs.host.problems import Problem
+    from csvfs.host.record import MountState
 
     volume_id = bytes.fromhex(record.volume_id)
     shown: dict[str, Any] = {

@@ -23,11 +23,11 @@ def umount(
     Example: csvctl umount /srv/vms
     """
     require_root()
-    from csvfs import admin, mountpoint, places
-    from csvfs.daemon_lock import wait_daemon_ended
-    from csvfs.dead_mount import detach_dead_mount
-    from csvfs.problems import Kind, Problem
-    from csvfs.record import find_record
+    from csvfs.host import admin, mountpoint, places
+    from csvfs.host.daemon_lock import wait_daemon_ended
+    from csvfs.host.dead_mount import detach_dead_mount
+    from csvfs.host.problems import Kind, Problem
+    from csvfs.host.record import find_record
 
     if detach_dead_mount(directory):
         console.say(f"{directory}: its daemon was gone; the dead mount is detached")
@@ -50,7 +50,7 @@ def umount(
 
 
 def _by_whom(path: str) -> str:
-    from csvfs import mountpoint
+    from csvfs.host import mountpoint
 
     found = mountpoint.users(path)
     named = ", ".join(f"{command} (pid {pid})" for pid, command in found[:8])

@@ -1,0 +1,1 @@
+"""Allocation groups: where free units and blocks are, and which to take."""

@@ -1,0 +1,1 @@
+"""The one B-tree: extents, directories, lists, on packed blocks."""

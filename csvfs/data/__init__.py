@@ -1,0 +1,1 @@
+"""The bytes of files: extents, reads and writes, truncation, reclaim."""

@@ -1,0 +1,117 @@
+"""What is left to do after a replay: the promises that a node made and did not live to keep.
+
+Replay brings every block to a state between two transactions. Where an operation takes several,
+the slot's orphan list says which inodes are in between:
+
+    OPEN        lost its last name while somebody had it open: nobody of that node has any more
+    TRUNCATE    got its new size, but not all units behind it were taken out
+
+Then the slot's reclaim list is emptied as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final, NamedTuple
+
+from csvfs.btree.tree import Tree, TreeRoot
+from csvfs.data.reclaim import Reclaimer
+from csvfs.data.truncation import Truncation
+from csvfs.engine.change import Change
+from csvfs.engine.engine import Engine
+from csvfs.errors import Damaged, NotFound, StaleInode
+from csvfs.journal.transaction import BlockReader
+from csvfs.ondisk.inode import ORPHAN_VALUE, OrphanKind
+from lockmgr.modes import Mode
+
+_log: Final = logging.getLogger("csvfs.engine.recovery")
+
+
+class Orphan(NamedTuple):
+    """An entry of an orphan list."""
+
+    ino: int
+    kind: int
+    generation: int
+
+
+class Recovered(NamedTuple):
+    """What recovery of one slot did."""
+
+    retired: int
+    trimmed: int
+    left: int
+    """Orphans that are damaged, or that another node has open."""
+
+
+class Recovery:
+    """Finishes what the node of a slot left, once its journal was replayed."""
+
+    def __init__(self, engine: Engine, truncation: Truncation, reclaimer: Reclaimer) -> None:
+        self._engine = engine
+        self._truncation = truncation
+        self._reclaimer = reclaimer
+
+    async def recover(self, slot: int) -> Recovered:
+        """Raises `Damaged` if the list itself cannot be read, `VolumeFailed`."""
+        retired = trimmed = left = 0
+        for orphan in await self._orphans(slot):
+            try:
+                if orphan.kind == OrphanKind.TRUNCATE:
+                    await self._trim(orphan, slot)
+                    trimmed += 1
+                elif await self._retire(orphan, slot):
+                    retired += 1
+                else:
+                    left += 1
+            except (Damaged, NotFound, StaleInode) as error:
+                _log.error("orphan %d of slot %d stays: %s", orphan.ino, slot, error)
+                left += 1
+        if slot == self._engine.scope.slot:
+            self._engine.scope.reclaim.set()
+        else:
+            await self._reclaimer.drain(slot)
+        return Recovered(retired, trimmed, left)
+
+    async def _orphans(self, slot: int) -> list[Orphan]:
+        engine = self._engine
+        root = TreeRoot.of_orphans(engine.scope.geometry.orphan_root(slot), slot)
+
+        def body(reader: BlockReader) -> list[Orphan]:
+            found = []
+            for ino, value in Tree(reader, root).items():
+                kind, generation, _ = ORPHAN_VALUE.unpack(value)
+                found.append(Orphan(ino, kind, generation))
+            return found
+
+        async with engine.locks.acquire(engine.resources.orphans(slot), Mode.PR):
+            return await engine.look(body)
+
+    async def _trim(self, orphan: Orphan, slot: int) -> None:
+        """Whoever wrote to the file, or removed it, may have done it since, from another slot."""
+        try:
+            await self._truncation.finish(orphan.ino, orphan.generation, slot=slot)
+        except (NotFound, StaleInode) as error:
+            _log.info("orphan %d of slot %d is gone: %s", orphan.ino, slot, error)
+        await self._engine.change(
+            lambda change: change.settle_truncation(orphan.ino, slot), privileged=True
+        )
+
+    async def _retire(self, orphan: Orphan, slot: int) -> bool:
+        """Put it onto *this* slot's reclaim list; False if another node has it open."""
+
+        def body(change: Change) -> None:
+            inode = change.inode(orphan.ino)
+            if inode.nlink:
+                raise Damaged(f"inode {orphan.ino} is an orphan and has {inode.nlink} names")
+            change.remove_orphan(orphan.ino, slot)
+            change.bury(inode)
+
+        engine = self._engine
+        async with (
+            engine.alone(orphan.ino, orphan.generation) as state,
+            engine.last_user(state) as unused,
+        ):
+            if unused:
+                await engine.change(body, privileged=True)
+            return unused

@@ -1,0 +1,1 @@
+"""Cache, transactions, journal, replay: how metadata changes, all or nothing."""

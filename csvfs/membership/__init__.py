@@ -1,0 +1,1 @@
+"""Who may write: claiming a volume, its view and slots, leaving it."""

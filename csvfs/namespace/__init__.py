@@ -1,0 +1,1 @@
+"""Inodes, names, attributes, open files."""

@@ -1,0 +1,1 @@
+"""Every structure on the disk, a file each; `csvfs.format` shows them all under one name."""
