@@ -77,7 +77,7 @@ class Volume:
         self.store = store
         self.table = scope.table
         self.engine = Engine(store, parts.locks, scope, self._reclaim_now)
-        data_device = DataDevice(parts.device, store.note_write)
+        data_device = DataDevice(parts.device, store)
         truncation = Truncation(self.engine, data_device)
         self.reclaimer = Reclaimer(self.engine, parts.device, unmap=parts.unmap)
 

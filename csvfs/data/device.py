@@ -5,14 +5,14 @@ makes the writer wait until there is space again (DESIGN: "writes pause with the
 resume"), anything else means that the LUN cannot be worked with (`VolumeFailed`).
 
 Concurrency: no task of its own; commands of one transfer run at once, and all have ended when it
-returns or raises.
+returns or raises. A writer that waits for a full array is woken when the volume fails.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import trio
 
@@ -38,12 +38,22 @@ class Piece(NamedTuple):
     data: memoryview
 
 
-class DataDevice:
-    """Reads and writes of data. ``note_write`` is called after each write that was answered."""
+class Writer(Protocol):
+    """What a volume's store wants to know of data, and tells (`csvfs.journal.store.Store`)."""
 
-    def __init__(self, device: BlockIO, note_write: Callable[[], None]) -> None:
+    def note_write(self) -> None:
+        """A write was answered."""
+
+    async def wait_failed(self) -> None:
+        """Return only by raising `VolumeFailed`, once nothing may be written any more."""
+
+
+class DataDevice:
+    """Reads and writes of data, of which ``store`` is told."""
+
+    def __init__(self, device: BlockIO, store: Writer) -> None:
         self.device = device
-        self._note_write = note_write
+        self._store = store
         identity = device.identity
         self.block_mask = identity.logical_block_bytes - 1
         """Bits of an offset that lie within one logical block."""
@@ -88,13 +98,17 @@ class DataDevice:
             await self.device.write(offset, data)
         except SpaceExhausted:
             await self._put_when_space(offset, data)
-        self._note_write()
+        self._store.note_write()
 
     async def _put_when_space(self, offset: int, data: Buffer) -> None:
-        """A full thin array is no error for a guest: it waits, as for a slow disk."""
+        """A full thin array is no error for a guest: it waits, as for a slow disk.
+
+        Raises `VolumeFailed` as soon as the volume fails: nothing is written from then on.
+        """
         _log.error("the array that holds the LUN is full: writes wait until it has space again")
         while True:
-            await trio.sleep(FULL_ARRAY_RETRY_S)
+            with trio.move_on_after(FULL_ARRAY_RETRY_S):
+                await self._store.wait_failed()
             try:
                 await self.device.write(offset, data)
             except SpaceExhausted:

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from csvfs.errors import VolumeFailed
 from csvfs.ondisk.block import BLOCK_BYTES
 from redirector.block.device import BlockError, BlockIO, Buffer
 
@@ -89,13 +90,13 @@ async def _write_all(device: BlockIO, pieces: Sequence[tuple[int, Buffer]], fua:
 async def in_parallel(command: Callable[[T], Awaitable[None]], items: Sequence[T]) -> None:
     """Issue ``command`` for each item, several at a time; none after one has failed.
 
-    Raises the first `BlockError`, when all that were issued have ended.
+    Raises the first `BlockError` or `VolumeFailed`, when all that were issued have ended.
     """
     if len(items) == 1:
         await command(items[0])
         return
     waiting = iter(items)
-    failures: list[BlockError] = []
+    failures: list[BlockError | VolumeFailed] = []
 
     async def work() -> None:
         for item in waiting:
@@ -103,7 +104,7 @@ async def in_parallel(command: Callable[[T], Awaitable[None]], items: Sequence[T
                 return
             try:
                 await command(item)
-            except BlockError as error:
+            except (BlockError, VolumeFailed) as error:
                 failures.append(error)
 
     async with trio.open_nursery() as nursery:

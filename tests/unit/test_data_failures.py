@@ -76,3 +76,44 @@ async def test_a_full_thin_array_makes_writers_wait(
         assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
         assert await b.read(handle, 0, UNIT) == b"x" * UNIT
         await b.volume.release(handle)
+
+
+@pytest.mark.parametrize("units", [1, 40])
+async def test_who_waits_for_a_full_array_is_told_when_the_volume_fails(
+    units: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Its guest would hang for ever, and with it the end of a mount that is dead already."""
+    del autojump_clock
+
+    async def live_and_fail() -> None:
+        async with bench() as b:
+            handle = await create(b.volume, b"file")
+            b.lun.inject(
+                lambda c: c.op is Op.WRITE and len(c.data) >= UNIT,
+                lambda what: SpaceExhausted(what, sense_key=7, asc_ascq=0x2707),
+                times=1 << 30,
+            )
+            ended = trio.Event()
+
+            async def write() -> None:
+                with pytest.raises(errors.VolumeFailed):
+                    await b.volume.write(handle, 0, b"x" * units * UNIT)
+                ended.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                await trio.sleep(7)
+                assert not ended.is_set()
+                b.lun.inject(
+                    lambda c: c.op is Op.SYNCHRONIZE_CACHE,
+                    lambda what: MediumError(what, sense_key=3),
+                )
+                b.volume.store.note_write()
+                with pytest.raises(errors.VolumeFailed):
+                    await b.volume.sync()
+                with trio.fail_after(0.1):
+                    await ended.wait()
+            raise errors.VolumeFailed("leave without a word")
+
+    with pytest.raises(ExceptionGroup):
+        await live_and_fail()
