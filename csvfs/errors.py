@@ -14,7 +14,8 @@
     +-- BadHandle               the handle was not opened for this               EBADF
     +-- FileTooBig              beyond the largest file                          EFBIG
     +-- NoSpace                 no unit, or no block, is free in any group       ENOSPC
-    |   `-- NoXattrSpace        the inode's one attribute block is full          ENOSPC
+    +-- NoXattrSpace            the inode's one attribute block is full          ENOSPC
+    +-- NoEntrySpace            256 names in the directory have this one's hash  ENOSPC
     +-- NoAttribute             no such extended attribute                       ENODATA
     +-- AttributeTooBig         a name or value beyond the kernel's limits       ERANGE, E2BIG
     +-- StaleInode              the number was reused: another generation        ESTALE
@@ -85,8 +86,15 @@ class NoSpace(FilesystemError):
     """Every group was tried and every reclaim list is empty."""
 
 
-class NoXattrSpace(NoSpace):
-    """All extended attributes of an inode share one block, which is full."""
+class NoXattrSpace(FilesystemError):
+    """All extended attributes of an inode share one block, which is full.
+
+    No kind of `NoSpace`: the volume may be empty, so freeing what there is would not help.
+    """
+
+
+class NoEntrySpace(FilesystemError):
+    """No more names of one hash fit in a directory. As above: the volume may be empty."""
 
 
 class NoAttribute(FilesystemError):

@@ -33,6 +33,8 @@ ERRNO: Final[dict[type[BaseException], int]] = {
     errors.BadHandle: errno.EBADF,
     errors.FileTooBig: errno.EFBIG,
     errors.NoSpace: errno.ENOSPC,
+    errors.NoXattrSpace: errno.ENOSPC,
+    errors.NoEntrySpace: errno.ENOSPC,
     errors.NoAttribute: errno.ENODATA,
     errors.StaleInode: errno.ESTALE,
     errors.DataLost: errno.EIO,

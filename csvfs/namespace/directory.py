@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from csvfs.btree.edit import TreeEditor
 from csvfs.btree.tree import Tree, TreeRoot
-from csvfs.errors import NoSpace
+from csvfs.errors import NoEntrySpace
 from csvfs.journal.transaction import BlockReader
 from csvfs.namespace.inode import Inode
 from csvfs.ondisk.inode import (
@@ -94,7 +94,10 @@ def read_entries(reader: BlockReader, directory: Inode, after_key: int, limit: i
 
 
 def add_entry(tree: TreeEditor, directory: Inode, name: bytes, child: Inode) -> None:
-    """Enter a name that is not there. The caller counts (`Inode.entries`, ``nlink``)."""
+    """Enter a name that is not there. The caller counts (`Inode.entries`, ``nlink``).
+
+    Raises `NoEntrySpace`.
+    """
     key = name_key(directory.hash_seed, name)
     end = key + DIRECTORY_MAX_COLLISIONS
     for taken, value in _candidates(tree, key):
@@ -103,7 +106,7 @@ def add_entry(tree: TreeEditor, directory: Inode, name: bytes, child: Inode) -> 
             break
         key += 1
     if key == end:
-        raise NoSpace(f"{DIRECTORY_MAX_COLLISIONS} names with the hash of {name!r}")
+        raise NoEntrySpace(f"{DIRECTORY_MAX_COLLISIONS} names with the hash of {name!r}")
     tree.insert(key, _encode(child, name))
 
 

@@ -257,7 +257,7 @@ async def test_names_whose_hashes_collide_live_side_by_side(
     async with fresh_volume() as volume:
         for i in range(256):
             await volume.mknod(ROOT, b"%d" % i, stat.S_IFREG, 0, 0, 0)
-        with pytest.raises(errors.NoSpace):
+        with pytest.raises(errors.NoEntrySpace):
             await volume.mknod(ROOT, b"one too many", stat.S_IFREG, 0, 0, 0)
         for i in range(0, 256, 2):
             await volume.unlink(ROOT, b"%d" % i)

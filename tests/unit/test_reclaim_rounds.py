@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from csvfs.format import (
     UnitState,
     unit_state,
 )
+from csvfs.host.answers import errno_of
 from csvfs.namespace.handle import Handle
 from csvfs.namespace.inode import SetAttributes
 from csvfs.namespace.rename import EXCHANGE
@@ -131,6 +133,31 @@ async def test_a_file_of_many_extents_is_dropped_at_once_and_freed_in_batches() 
         assert volume.reclaimer.units_freed == 700
         after = await volume.statfs()
         assert after.free_blocks == before.free_blocks
+
+
+async def test_what_is_full_inside_an_inode_hurries_no_reclaim(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A full attribute block, or 256 names of one hash, are not the volume's lack of space."""
+    monkeypatch.setattr("csvfs.namespace.directory.name_key", lambda _seed, _name: 512)
+    monkeypatch.setattr("csvfs.namespace.names.name_key", lambda _seed, _name: 512)
+    async with fresh_volume() as volume:
+        await drop(volume, b"dead", await closed_file(volume, b"dead", UNIT))
+        ino = await closed_file(volume, b"0", 1)
+        await volume.setxattr(ino, b"user.a", bytes(4000))
+        for number in range(1, 256):
+            await volume.link(ino, ROOT, b"%d" % number)
+        commits = volume.store.statistics().commits
+        freed = volume.reclaimer.units_freed
+        for call, error in (
+            (volume.setxattr(ino, b"user.b", bytes(100)), errors.NoXattrSpace),
+            (volume.link(ino, ROOT, b"one too many"), errors.NoEntrySpace),
+        ):
+            with pytest.raises(error):
+                await call
+            assert errno_of(error("")) == errno.ENOSPC
+        assert volume.reclaimer.units_freed == freed
+        assert volume.store.statistics().commits == commits
 
 
 async def test_a_full_volume_says_so_and_lets_go_of_what_it_has() -> None:
