@@ -1,0 +1,19 @@
+"""What can go wrong in membership, beyond what its effects already say."""
+
+from __future__ import annotations
+
+
+class MembershipError(Exception):
+    """Base of all below."""
+
+
+class IncarnationsExhausted(MembershipError):
+    """A slot's incarnation number would wrap; a key must never come again."""
+
+
+class EpochsExhausted(MembershipError):
+    """The view's epoch would wrap."""
+
+
+class MembershipViolation(MembershipError, AssertionError):
+    """The shell, or a peer, did what no correct one does."""
