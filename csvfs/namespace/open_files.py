@@ -107,9 +107,20 @@ class OpenFiles:
                 else:  # another task of this node was quicker
                     lock.release()
         except BaseException:
-            state.handles -= 1
+            self._uncount(state)
             raise
         return Handle(state, self._table.file(state), flags, uid)
+
+    def _uncount(self, state: InodeState) -> None:
+        """One handle less; with the last one goes the open lock, whoever of this node got it.
+
+        What failed to open retires nothing: it had the inode from an entry or from a lookup, and
+        the end of that sees to it.
+        """
+        state.handles -= 1
+        if state.handles == 0 and state.open_lock is not None:
+            state.open_lock.release()
+            state.open_lock = None
 
     async def release(self, handle: Handle) -> None:
         """The last close of what `open` or `create` gave."""
@@ -121,10 +132,7 @@ class OpenFiles:
         assert not handle.closed, f"a handle of inode {handle.ino} is released twice"
         handle.closed = True
         state = handle.state
-        state.handles -= 1
-        if state.handles == 0 and state.open_lock is not None:
-            state.open_lock.release()
-            state.open_lock = None
+        self._uncount(state)
         return state.orphan and not state.known
 
     # -- what the kernel knows ---------------------------------------------------------------

@@ -8,15 +8,27 @@ from random import Random
 
 import pytest
 import trio
+import trio.testing
 
 from csvfs.errors import FilesystemError
 from csvfs.namespace.inode import SetAttributes
 from csvfs.namespace.rename import EXCHANGE
 from csvfs.volume import Volume
+from lockmgr.modes import Mode
 from redirector.block.simulated import SimulatedLun
 from tests.crash import deterministic_run
 from tests.lock_rival import LockRival
-from tests.simulated_volume import LUN_BYTES, PORT, RDWR, ROOT, UNIT, create, formatted, mounted
+from tests.simulated_volume import (
+    LUN_BYTES,
+    PORT,
+    RDWR,
+    ROOT,
+    UNIT,
+    create,
+    formatted,
+    fresh_volume,
+    mounted,
+)
 from tests.volume_script import assert_clean
 
 NAMES = (b"a", b"b", b"c")
@@ -210,3 +222,43 @@ def test_reads_and_writes_during_truncations_see_no_foreign_byte(seed: int) -> N
         await assert_clean(await lun.login(PORT), superblock, 1)
 
     deterministic_run(main, seed)
+
+
+async def test_an_open_that_is_cancelled_leaves_no_open_lock() -> None:
+    """It may be the last that is counted, and another open may have got the lock meanwhile."""
+    async with fresh_volume() as volume:
+        made = await create(volume, b"file")
+        await volume.release(made)
+        locks, resource = volume.engine.locks, volume.engine.resources.opened(made.ino)
+        opened = trio.Event()
+        taken = trio.Event()
+
+        async def open_and_close() -> None:
+            handle = await volume.open(made.ino, RDWR, 0)
+            opened.set()
+            await volume.release(handle)
+
+        async def retire() -> None:
+            async with locks.acquire(resource, Mode.EX):
+                taken.set()
+
+        async with trio.open_nursery() as nursery:
+            async with locks.acquire(resource, Mode.EX):
+                for task in (open_and_close, retire):
+                    nursery.start_soon(task)
+                    await trio.testing.wait_all_tasks_blocked()
+                cancelled = trio.CancelScope()
+                nursery.start_soon(_open_within, cancelled, volume, made.ino)
+                await trio.testing.wait_all_tasks_blocked()
+            await opened.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            assert not taken.is_set()
+            cancelled.cancel()
+            with trio.fail_after(1):
+                await taken.wait()
+        volume.check()
+
+
+async def _open_within(scope: trio.CancelScope, volume: Volume, ino: int) -> None:
+    with scope:
+        await volume.open(ino, RDWR, 0)
