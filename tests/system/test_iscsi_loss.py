@@ -281,6 +281,7 @@ async def test_200_sessions_leave_nothing_behind() -> None:
 
 
 async def test_a_device_that_nobody_closes_ends_with_the_loop(tgt: Tgt) -> None:
+    gc.collect()
     before = descriptors(), native_threads()
 
     def run() -> None:

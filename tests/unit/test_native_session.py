@@ -167,6 +167,7 @@ def test_a_forgotten_session_gives_everything_back(silent: str) -> None:
     token = Token()
     seen = weakref.ref(token)
     buffer = bytearray(4096)
+    gc.collect()
     descriptors = len(os.listdir("/proc/self/fd"))
     references = sys.getrefcount(buffer)
     one = session(silent)
