@@ -1,0 +1,243 @@
+"""What a node's membership wants done.
+
+Effects with an ``op`` are I/O: each is answered by exactly one `Done` with that number, in any
+order, also after `Stop` (it then changes nothing). An I/O runs on the session that its docstring
+names. Nothing is ever sent again by the shell. What outcomes mean: `lockmgr.cluster.outcomes`.
+
+Sessions: the *newcomer's* (temporary key), from `OpenNewcomer` to `DropNewcomer`; the *control*
+and data sessions, from `OpenPaths` on. An `OpenPaths` closes those before it, and takes the next
+path generations. After `Refused`, `Unknown` and `PathLost` a session does nothing any more: what
+is sent to it is answered `Unknown`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lockmgr.cluster.blocks import Heartbeat, JoinRequest
+from lockmgr.cluster.messages import Message
+from lockmgr.cluster.view import NOBODY, NodeId, View
+
+
+# -- I/O, each answered by one `Done` ----
+@dataclass(frozen=True, slots=True)
+class OpenNewcomer:
+    """Log in, REGISTER ``key``, survey: Good(Opened). Closes the newcomer's session before it."""
+
+    op: int
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropNewcomer:
+    """Unregister the newcomer's key (unless it holds, or is gone), log out: Good(None)."""
+
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPaths:
+    """The slot block first (next generations, ISIDs, portals), then log in, REGISTER control and
+    data key, then survey on the control session: Good(Opened). The slot block is written on the
+    control session that is there, else on the newcomer's, else on a session of its own under a
+    newcomer's key that is dropped afterwards."""
+
+    op: int
+    slot: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Read view, READ RESERVATION, READ KEYS on the control session, or the newcomer's as long as
+    there is no other: Good(Surveyed)."""
+
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBlocks:
+    """Read all heartbeat and join blocks, same session: Good(Blocks)."""
+
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteHeartbeat:
+    """On the control session: Good(None) when it is on the LUN."""
+
+    op: int
+    heartbeat: Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class WriteJoin:
+    """On the newcomer's session: Good(None)."""
+
+    op: int
+    request: JoinRequest
+
+
+@dataclass(frozen=True, slots=True)
+class WriteView:
+    """Write and flush, on the session that reserves (control, or the newcomer's as long as there
+    is no other): Good(None)."""
+
+    op: int
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """PREEMPT ``old_key``, then READ RESERVATION, same session: Good(Won | Lost | NobodyHolds)."""
+
+    op: int
+    old_key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """RESERVE, then READ RESERVATION, same session: Good(Won | Lost | NobodyHolds). A conflict
+    because somebody else holds is a Lost."""
+
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The whole fence, on the reserving session: close by reinstatement, PREEMPT, RESET. Of the
+    paths with these ``keys``, and of every path of these ``nodes``: each session that their slot
+    block records and each registered key of theirs, read now. Good(None): nothing of them is on
+    its way any more, and nothing can come. A key that is not registered any more is no error."""
+
+    op: int
+    keys: tuple[int, ...]
+    nodes: tuple[NodeId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unregister:
+    """Unregister and log out every own path but the one with key ``keep`` (0: all): Good(None)."""
+
+    op: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Knock:
+    """Ask these nodes at all their addresses whether they live, 1 s at most: Good(Knocked)."""
+
+    op: int
+    nodes: tuple[NodeId, ...]
+
+
+IoEffect = (
+    OpenNewcomer
+    | DropNewcomer
+    | OpenPaths
+    | Survey
+    | ReadBlocks
+    | WriteHeartbeat
+    | WriteJoin
+    | WriteView
+    | Take
+    | Reserve
+    | Fence
+    | Unregister
+    | Knock
+)
+
+
+# -- effects: network --------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class SendTo:
+    """Over the connection to ``peer``; lost if there is none. A newcomer is a peer with slot
+    `NEWCOMER_SLOT` and its key, reached at the address in its join block."""
+
+    peer: NodeId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A datagram to every listed node."""
+
+    heartbeat: Heartbeat
+
+
+# -- effects: upwards --------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Departed:
+    """An incarnation that was listed in the view installed before, and is not any more."""
+
+    node: NodeId
+    was_active: bool
+    replay_by: int = NOBODY
+    """The slot whose node replays its journal; `NOBODY`: that is done, or there is nothing."""
+    cleared: bool = False
+    """`DepartedMayBeGranted` holds for it already (and is not said again)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewInstalled:
+    """This node goes by ``view`` now; everybody whom it does not list is fenced. Locks are to be
+    recovered if ``view.lock_epoch`` is another one than before. The first one lists this node."""
+
+    view: View
+    coordinator: NodeId
+    departed: tuple[Departed, ...] = ()
+    replayed: tuple[NodeId, ...] = ()
+    """Incarnations whose journals were to be replayed in the view before, and are."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseUntil:
+    """Caches may be used until then, on this node's clock; never earlier than said before."""
+
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DepartedMayBeGranted:
+    """It is fenced, and its lease is over or its death proven. Once for each departed."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayWanted:
+    """Replay that journal, and answer with `Replayed`; idempotent, once per view that says so. If
+    ``node`` is this node itself: bring the own journal in order, create it if ``used`` is false.
+    """
+
+    node: NodeId
+    used: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSessions:
+    """Log out everywhere; what is registered stays so ("parked")."""
+
+
+class StopReason(Enum):
+    LEFT = "left"
+    EVICTED = "evicted"
+    REFUSED = "refused"
+    CANNOT_GO_ON = "cannot go on"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The last effect: this incarnation is over. Every session is to be dropped, nothing that is
+    cached may be used, and the FUSE connection is aborted (unless it has left)."""
+
+    reason: StopReason
+    words: str
+
+
+NetworkEffect = SendTo | Beat
+UpwardEffect = (
+    ViewInstalled | LeaseUntil | DepartedMayBeGranted | ReplayWanted | CloseSessions | Stop
+)
+Effect = IoEffect | NetworkEffect | UpwardEffect

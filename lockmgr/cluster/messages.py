@@ -1,0 +1,100 @@
+"""What members say to each other, over a connection that is FIFO while it lasts.
+
+The connection proves who sends: no message carries its sender. A message that its receiver cannot
+use (another coordinator, a node that is not listed any more) changes nothing; whoever wants an
+answer asks again, of whoever is coordinator then, until the view shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lockmgr.cluster.view import NodeId, View
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """From the holder: this view is on the LUN, and whoever it does not list is fenced."""
+
+    view: View
+    cleared: tuple[NodeId, ...] = ()
+    """Departed in ``view.to_replay`` whose lease is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """From the holder, to a successor of its choice: PREEMPT this key, I do not mind."""
+
+    holder_key: int
+    lost: bool
+    """The sender has lost its paths: fence all keys of it that are not carried by a peer."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskLease:
+    """To the coordinator, from a member without a path of its own."""
+
+    stamp: float
+    """Of the asker's clock, when it sent this."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGiven:
+    stamp: float
+    """That of the question: the lease runs from then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """To the coordinator: all is drained, given up and journalled home."""
+
+    clean: bool
+    """All own keys are unregistered. If not, the sender wants to be fenced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """To the coordinator, from a joining node: its journal is in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayDone:
+    """To the coordinator, from the node that the view told to replay."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class EvictAsked:
+    """To the coordinator: ``node`` must go."""
+
+    node: NodeId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeathReported:
+    """To the coordinator: that incarnation's supervisor has reaped it."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRefused:
+    """To a newcomer."""
+
+    words: str
+
+
+Message = (
+    Announce
+    | TakeOver
+    | AskLease
+    | LeaseGiven
+    | Leave
+    | Ready
+    | ReplayDone
+    | EvictAsked
+    | DeathReported
+    | JoinRefused
+)
