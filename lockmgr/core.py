@@ -8,9 +8,10 @@ and no step ever leaves anything on its way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from lockmgr.events import Deliver, Effect, EpochRefused, Event, Send
+from lockmgr.mastering import Choose, Mastering, rendezvous
 from lockmgr.messages import (
     AnyMessage,
     AskGlimpse,
@@ -18,7 +19,6 @@ from lockmgr.messages import (
     Lower,
     NodeBound,
     Request,
-    Resource,
 )
 from lockmgr.node import NodeLocks
 from lockmgr.resource import Master
@@ -27,10 +27,10 @@ from lockmgr.snapshot import Statistics
 
 
 class LockCore:
-    """The lock manager of node ``node`` in the view of epoch ``epoch``.
+    """The lock manager of node ``node`` in the view of lock epoch ``epoch``.
 
-    ``master_of`` maps a resource to the node that masters it, and never changes its mind within
-    an epoch; by default this node masters everything.
+    ``members`` of that view; None: this node alone; empty: none yet, so that everything waits for
+    the first `ViewChanged`. ``choose`` picks the member that masters a placement.
     """
 
     def __init__(
@@ -38,15 +38,14 @@ class LockCore:
         node: int = 0,
         epoch: int = 1,
         settings: Settings | None = None,
-        master_of: Callable[[Resource], int] | None = None,
+        members: Sequence[int] | None = None,
+        choose: Choose = rendezvous,
     ) -> None:
         self.node = node
         self.epoch = epoch
-        self.locks = NodeLocks(node, epoch, master_of or self._always_here, settings or Settings())
+        self.mastering = Mastering((node,) if members is None else members, choose)
+        self.locks = NodeLocks(node, epoch, self.mastering.master_of, settings or Settings())
         self.master = Master(epoch)
-
-    def _always_here(self, _resource: Resource) -> int:
-        return self.node
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """Carry out one event at ``now`` (seconds, any monotonic clock) and all it causes here.
@@ -75,6 +74,8 @@ class LockCore:
         if isinstance(message, Request | Cancel | Lower | AskGlimpse):
             answers: list[NodeBound] = self.master.step(message)
             return [Send(answer.node, answer) for answer in answers]
+        if not isinstance(message, NodeBound):
+            raise NotImplementedError(message)
         return self.locks.receive(message, now)
 
     def next_timer(self) -> float | None:

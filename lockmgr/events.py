@@ -10,7 +10,9 @@ with an identity here: the shell makes them, the core grants them.
     AwaitDrain                  Drained
     Glimpse                     Glimpsed with that ticket
     Answered                    (the answer to Answer)
-    TimerDue, Deliver, Close    whatever they cause
+    ViewChanged                 Thawed with its epoch, unless another ViewChanged comes before
+    TimerDue, Deliver, Close,
+    Cleared, JournalsReplayed   whatever they cause
 """
 
 from __future__ import annotations
@@ -115,6 +117,39 @@ class Close:
     """Give up every lock as soon as no task uses it; `Emptied` follows, each time none is left."""
 
 
+@dataclass(frozen=True, slots=True)
+class ViewChanged:
+    """The node goes by another view.
+
+    ``epoch``: the *lock* epoch, that of the view in which the set of active members changed last.
+    If it is the one the node has, only ``coordinator`` and ``unreplayed`` may differ. A lower one
+    changes nothing. ``members``: the numbers of the active incarnations, sorted, each never used
+    again (`lockmgr.mastering.node_number`). ``coordinator``: who collects `Reasserted`; a member.
+    ``unreplayed``: departed nodes whose slot the view lists as NEEDS_REPLAY. For a departed node
+    that it does not name, nothing is owed: its journal is empty, its lease is over.
+    """
+
+    epoch: int
+    members: tuple[int, ...]
+    coordinator: int
+    unreplayed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """Membership: these departed nodes may be granted over (`DepartedMayBeGranted`). Said on one
+    node it is enough; said on all, earlier."""
+
+    nodes: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalsReplayed:
+    """The journals of these departed nodes are replayed and stable. Whom to tell: as `Cleared`."""
+
+    nodes: frozenset[int]
+
+
 Event = (
     Acquire
     | Convert
@@ -127,6 +162,9 @@ Event = (
     | TimerDue
     | Deliver
     | Close
+    | ViewChanged
+    | Cleared
+    | JournalsReplayed
 )
 
 
@@ -142,11 +180,13 @@ class Grant:
 class Deny:
     """The claim is not granted (a conversion: keeps its old mode); wake its task.
 
-    ``snapshot``: who was in the way; None for Patience.NONE, where nobody reads it.
+    ``snapshot``: who was in the way; None for Patience.NONE, where nobody reads it. ``deadlock``:
+    the cycle in words, if the claim was denied to break one.
     """
 
     claim: Claim
     snapshot: LockSnapshot | None
+    deadlock: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +234,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class EpochRefused:
-    """A message of another epoch arrived; it changed nothing."""
+    """A message of an earlier epoch arrived; it changed nothing."""
 
     message: AnyMessage
 
@@ -204,4 +244,13 @@ class Emptied:
     """After `Close`: the node holds and awaits nothing."""
 
 
-Effect = Grant | Deny | Demote | Drained | Answer | Glimpsed | Send | EpochRefused | Emptied
+@dataclass(frozen=True, slots=True)
+class Thawed:
+    """The locks of this epoch are recovered (membership: `LocksThawed`)."""
+
+    epoch: int
+
+
+Effect = (
+    Grant | Deny | Demote | Drained | Answer | Glimpsed | Send | EpochRefused | Emptied | Thawed
+)

@@ -1,11 +1,16 @@
 """What nodes and masters say to each other, and the name of what they talk about.
 
-Every message names its resource and carries the epoch of its sender's view; a receiver in another
-epoch refuses it. Channels between two nodes are FIFO and lose nothing within an epoch.
+Every message carries the lock epoch of its sender, and all but those of recovery and of deadlock
+detection name their resource. A message of an earlier epoch is refused, one of a later epoch is
+kept until the receiver has that view. Channels between two nodes are FIFO and lose nothing within
+an epoch (`lockmgr.channel` makes such a channel of connections that break).
 
-    node to master      Request, Cancel, Lower, AskGlimpse
-    master to node      Granted, Refused, Blocking, Unblocking, Probe
-    node to node        GlimpseAnswer
+    node to master          Request, Cancel, Lower, AskGlimpse
+    master to node          Granted, Refused, Blocking, Unblocking, Probe
+    node to node            GlimpseAnswer
+    recovery, all to all    Reassert
+    member to coordinator   Reasserted, Suspicion, Waits
+    coordinator to member   Thaw, Settled, AskWaits, Victim
 
 invariants:
 - a node has at most one Request without an answer per resource
@@ -157,6 +162,169 @@ class GlimpseAnswer(Message):
     answer: bytes | None
 
 
+# -- recovery ----------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class HeldState:
+    """What a node has and awaits of one resource: its word, which is the truth.
+
+    ``held`` None: it only waits. ``grant``: the serial of the last grant it has seen. ``asked``:
+    the mode it has asked for in vain so far, under ``serial``; ``waited_s``: since when.
+    """
+
+    resource: Resource
+    held: Mode | None
+    grant: int = 0
+    value: ValueBlock = ValueBlock()
+    asked: Mode | None = None
+    serial: int = 0
+    queue: bool = True
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MasterState:
+    """What the master of an earlier epoch, who has survived, knows of a resource.
+
+    ``writer``: whom it had granted PW or EX; that node may have changed the value block. ``owed``:
+    departed nodes, each with the strongest mode in which it may have had the resource.
+    """
+
+    resource: Resource
+    value: ValueBlock
+    writer: int | None
+    owed: tuple[tuple[int, Mode], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Masters ``gone`` of the view ``members`` took with them who held what they mastered.
+
+    Each of ``owed`` (departed nodes) may have held any of it.
+    """
+
+    members: tuple[int, ...]
+    gone: frozenset[int]
+    owed: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryMessage:
+    """``node``: the sender, or, from the coordinator, the addressee."""
+
+    epoch: int
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reassert(RecoveryMessage):
+    """What the sender has of resources that the addressee masters from now on.
+
+    A sender's last one has ``last``; and only that one has its ``views`` (members of each view that
+    may have been the last one with thawed locks) and ``losses``.
+    """
+
+    held: tuple[HeldState, ...] = ()
+    mastered: tuple[MasterState, ...] = ()
+    last: bool = False
+    views: tuple[tuple[int, ...], ...] = ()
+    losses: tuple[Loss, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reasserted(RecoveryMessage):
+    """The sender has heard the last `Reassert` of every member. ``cleared``: departed nodes that
+    it has been told may be granted over."""
+
+    cleared: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Thaw(RecoveryMessage):
+    """Every member has said `Reasserted`: masters grant again."""
+
+    cleared: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled(RecoveryMessage):
+    """These departed nodes may be granted over (``cleared``); these journals are replayed."""
+
+    cleared: frozenset[int]
+    replayed: frozenset[int]
+
+
+# -- deadlocks ---------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Suspicion(RecoveryMessage):
+    """Somebody at the sender has waited for long, and holds something."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskWaits(RecoveryMessage):
+    """Who waits for whom, as far as the addressee knows?"""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingClaim:
+    """A claim that waits; ``wait`` is never used again by its node. ``owner`` numbers the owner.
+
+    ``behind``: owners of this node that stand in its way. ``request``: the serial of the node's
+    request to the master on which it depends, 0: none.
+    """
+
+    wait: int
+    owner: int
+    words: str
+    resource: bytes
+    age_s: float
+    behind: tuple[int, ...]
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldingClaim:
+    """An owner that holds ``mode`` of ``resource``, though others want what excludes it."""
+
+    resource: bytes
+    owner: int
+    mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedRequest:
+    """At the master: the request ``serial`` of node ``waiter`` for ``mode`` waits for the nodes
+    ``holders`` and for the requests ``behind`` (node, serial)."""
+
+    resource: bytes
+    waiter: int
+    serial: int
+    mode: Mode
+    holders: tuple[int, ...]
+    behind: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Waits(RecoveryMessage):
+    """The answer to `AskWaits`."""
+
+    round: int
+    waiting: tuple[WaitingClaim, ...]
+    holding: tuple[HoldingClaim, ...]
+    queued: tuple[QueuedRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Victim(RecoveryMessage):
+    """Deny that wait, if it still is one: it closes a cycle, which ``words`` tells."""
+
+    wait: int
+    words: str
+
+
 MasterBound = Request | Cancel | Lower | AskGlimpse
 NodeBound = Granted | Refused | Blocking | Unblocking | Probe | GlimpseAnswer
-AnyMessage = MasterBound | NodeBound
+Recovering = Reassert | Reasserted | Thaw | Settled
+Deadlocks = Suspicion | AskWaits | Waits | Victim
+AnyMessage = MasterBound | NodeBound | Recovering | Deadlocks

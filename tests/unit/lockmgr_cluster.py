@@ -64,7 +64,14 @@ class Cluster:
     ) -> None:
         self.now = 0.0
         self.cores = [
-            LockCore(node, epoch=3, settings=settings, master_of=master_of) for node in range(nodes)
+            LockCore(
+                node,
+                epoch=3,
+                settings=settings,
+                members=range(nodes),
+                choose=lambda placement, _members: master_of(Resource(b"x", placement)),
+            )
+            for node in range(nodes)
         ]
         self.channels: dict[tuple[int, int], deque[AnyMessage]] = defaultdict(deque)
         self.demoting: dict[tuple[int, Resource], Mode] = {}
