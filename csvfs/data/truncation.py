@@ -56,16 +56,18 @@ class Truncation:
         if not trimmed:
             await self._trim(state)
 
-    async def finish(
-        self, ino: int, generation: int | None = None, *, slot: int | None = None
-    ) -> None:
-        """Take out what an earlier truncation left behind the end, if it left anything.
+    async def finish(self, ino: int) -> None:
+        """Take out what an earlier truncation left behind the end, if it left anything."""
+        async with self._engine.alone(ino) as state:
+            await self.finish_locked(state)
+
+    async def finish_locked(self, state: InodeState, slot: int | None = None) -> None:
+        """`finish` for a file that is locked alone.
 
         ``slot``: on whose orphan list it stands (None: this node's).
         """
-        async with self._engine.alone(ino, generation) as state:
-            if state.fields().flags & InodeFlag.TRIMMING:
-                await self._trim(state, slot)
+        if state.fields().flags & InodeFlag.TRIMMING:
+            await self._trim(state, slot)
 
     async def _trim(self, state: InodeState, slot: int | None = None) -> None:
         while not await self._engine.change(lambda c: _trim(c, state.ino, slot), privileged=True):

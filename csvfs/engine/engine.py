@@ -50,16 +50,23 @@ class Held:
     Raises `NotFound` for an inode that is gone, `StaleInode` for another generation.
     """
 
-    __slots__ = ("_engine", "_generation", "_ino", "_lock", "_mode", "_shared_here")
+    __slots__ = ("_engine", "_generation", "_ino", "_lock", "_mode", "_named", "_shared_here")
 
     def __init__(
-        self, engine: Engine, ino: int, mode: Mode, shared_here: bool, generation: int | None
+        self,
+        engine: Engine,
+        ino: int,
+        mode: Mode,
+        shared_here: bool,
+        generation: int | None,
+        named: bool,
     ) -> None:
         self._engine = engine
         self._ino = ino
         self._mode = mode
         self._shared_here = shared_here
         self._generation = generation
+        self._named = named
         self._lock: Lock | None = None
 
     async def __aenter__(self) -> InodeState:
@@ -68,7 +75,7 @@ class Held:
         resource = engine.resources.inode(self._ino)
         lock = await engine.acquire(resource, self._mode, self._shared_here)
         try:
-            state = await engine.load(self._ino, self._generation)
+            state = await engine.load(self._ino, self._generation, named=self._named)
         except BaseException:
             lock.release()
             raise
@@ -111,16 +118,16 @@ class Engine:
             lock = await self.locks.acquire(resource, mode, shared_here)
         return lock
 
-    def looking(self, ino: int, generation: int | None = None) -> Held:
-        """The inode's lock in PR: its names and attributes hold still.
+    def looking(self, ino: int, generation: int | None = None, *, named: bool = True) -> Held:
+        """The inode's lock in PR: its names and attributes hold still. ``named``: see `load`.
 
         Not so its size and times while this node writes to it: a stat(2) waits for no I/O.
         """
-        return Held(self, ino, Mode.PR, True, generation)
+        return Held(self, ino, Mode.PR, True, generation, named)
 
-    def alone(self, ino: int, generation: int | None = None) -> Held:
+    def alone(self, ino: int, generation: int | None = None, *, named: bool = True) -> Held:
         """The inode's lock in EX, not shared: nobody else reads, writes or looks."""
-        return Held(self, ino, Mode.EX, False, generation)
+        return Held(self, ino, Mode.EX, False, generation, named)
 
     async def attributes_of_all(self, wanted: Mapping[int, int]) -> dict[int, Attributes]:
         """What stat(2) tells of many inodes (number: generation), each at a moment of its own.
@@ -181,18 +188,25 @@ class Engine:
         state.dirty_times = True
         self.table.note_dirty(state)
 
-    async def load(self, ino: int, generation: int | None = None) -> InodeState:
-        """The state of an inode whose lock is held, with its fields. Raises as `Held` does."""
+    async def load(
+        self, ino: int, generation: int | None = None, *, named: bool = True
+    ) -> InodeState:
+        """The state of an inode whose lock is held, with its fields. Raises as `Held` does.
+
+        ``named``: the generation is from an entry of a directory whose lock is held, too, so the
+        inode is there. Otherwise it is from earlier, and the block may be somebody else's by now,
+        with what looks like this inode still in it.
+        """
         table = self.table
         state = table.get(ino)
         if state is None or state.inode is None:
-            vouched = generation is not None or (
-                state is not None and (state.known or state.orphan)
-            )
-            if vouched or ino == ROOT_INODE:
+            # Neither a handle nor an orphan of this node is retired by another; what the kernel
+            # has only looked up may be.
+            kept = state is not None and (state.handles > 0 or state.orphan)
+            if kept or ino == ROOT_INODE or (named and generation is not None):
                 inode = await self.look(lambda reader: table.read(reader, ino, generation))
             else:
-                inode = await self._look_up_unknown(ino)
+                inode = await self._look_up_unknown(ino, generation)
             # Whoever shares the lock may have been quicker, and may have changed it since.
             state = table.get(ino)
             if state is None or state.inode is None:
@@ -201,9 +215,12 @@ class Engine:
             raise StaleInode(f"inode {ino} is of generation {state.generation}, not {generation}")
         return state
 
-    async def _look_up_unknown(self, ino: int) -> Inode:
+    async def _look_up_unknown(self, ino: int, generation: int | None) -> Inode:
         """Nobody vouches for this number: believe what lies there only if the map says that it
-        is metadata, since a guest may have written what looks like an inode."""
+        is metadata, since a guest may have written what looks like an inode.
+
+        Without a generation an inode that lost its last name is nobody's, and not found.
+        """
         geometry, groups = self.scope.geometry, self.scope.groups
         if geometry.holds(ino):
             resource = self.resources.group(geometry.group_of(ino))
@@ -211,8 +228,10 @@ class Engine:
                 is_metadata = await self.look(lambda reader: groups.is_metadata_block(reader, ino))
             if is_metadata:
                 with suppress(BadBlock):  # metadata of another kind
-                    inode = await self.store.run(lambda reader: self.table.read(reader, ino))
-                    if inode.nlink:
+                    inode = await self.store.run(
+                        lambda reader: self.table.read(reader, ino, generation)
+                    )
+                    if inode.nlink or generation is not None:
                         return inode
         raise NotFound(f"there is no inode {ino}")
 

@@ -7,6 +7,10 @@ the slot's orphan list says which inodes are in between:
     TRUNCATE    got its new size, but not all units behind it were taken out
 
 Then the slot's reclaim list is emptied as if nothing had happened.
+
+What stands on the list is believed only of inodes that the maps say are there. A TRUNCATE entry
+may outlive its file, removed and freed by another node: its block then holds anything, the last
+image of the inode or a guest's forgery of it included.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from csvfs.btree.tree import Tree, TreeRoot
 from csvfs.data.reclaim import Reclaimer
 from csvfs.data.truncation import Truncation
 from csvfs.engine.change import Change
-from csvfs.engine.engine import Engine
+from csvfs.engine.engine import Engine, Held
 from csvfs.errors import Damaged, NotFound, StaleInode
 from csvfs.journal.transaction import BlockReader
 from csvfs.ondisk.inode import ORPHAN_VALUE, OrphanKind
@@ -90,7 +94,8 @@ class Recovery:
     async def _trim(self, orphan: Orphan, slot: int) -> None:
         """Whoever wrote to the file, or removed it, may have done it since, from another slot."""
         try:
-            await self._truncation.finish(orphan.ino, orphan.generation, slot=slot)
+            async with self._locked(orphan) as state:
+                await self._truncation.finish_locked(state, slot)
         except (NotFound, StaleInode) as error:
             _log.info("orphan %d of slot %d is gone: %s", orphan.ino, slot, error)
         await self._engine.change(
@@ -109,9 +114,12 @@ class Recovery:
 
         engine = self._engine
         async with (
-            engine.alone(orphan.ino, orphan.generation) as state,
+            self._locked(orphan) as state,
             engine.last_user(state) as unused,
         ):
             if unused:
                 await engine.change(body, privileged=True)
             return unused
+
+    def _locked(self, orphan: Orphan) -> Held:
+        return self._engine.alone(orphan.ino, orphan.generation, named=False)

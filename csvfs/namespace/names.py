@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +27,7 @@ from csvfs.errors import (
     NotEmpty,
     NotFound,
     NotPermitted,
+    StaleInode,
     TooManyLinks,
 )
 from csvfs.journal.transaction import BlockReader
@@ -48,6 +50,7 @@ from csvfs.namespace.inode import (
 )
 from csvfs.namespace.inode_table import InodeState
 from csvfs.ondisk.block import HEADER_BYTES, BlockType
+from csvfs.ondisk.geometry import ROOT_INODE
 from csvfs.ondisk.inode import INODE_ROOT_BYTES, INODE_ROOT_OFFSET
 
 DOT: Final = b"."
@@ -78,17 +81,51 @@ class Namespace:
 
         Raises `NotFound`, `NotADirectory`, `NameTooLong`.
         """
+        if name == DOT_DOT:
+            return await self._above(parent)
         async with self._engine.looking(parent) as directory:
             inode = require_directory(directory)
             if name == DOT:
                 return attributes_of(inode)
-            if name != DOT_DOT:
-                entry = await self._find(directory, name)
-                async with self._engine.looking(entry.ino, entry.generation) as child:
-                    return attributes_of(child.fields())
-        # A parent is locked before its children: so the child's lock is given back first.
-        async with self._engine.looking(inode.parent) as above:
-            return attributes_of(above.fields())
+            entry = await self._find(directory, name)
+            async with self._engine.looking(entry.ino, entry.generation) as child:
+                return attributes_of(child.fields())
+
+    async def _above(self, ino: int) -> Attributes:
+        """The directory that names the directory ``ino``.
+
+        A parent is locked before its children, so the two are locked in turn. Meanwhile the child
+        may move or go, and so may the parent then, and its number be another inode's. What has
+        one generation before and after a moment at which the child names it was its parent then.
+
+        Raises `NotFound` for a directory that was removed: nothing is above it.
+        """
+        engine = self._engine
+        parent, generation = 0, None
+        while True:
+            async with engine.looking(ino, generation, named=False) as directory:
+                inode = require_present(require_directory(directory))
+                if ino == ROOT_INODE:
+                    return attributes_of(inode)
+                moved, parent = inode.parent != parent, inode.parent
+                generation = inode.generation
+            if moved:
+                before = await self._generation_at(parent)
+                continue
+            if before is None:
+                raise NotFound(f"directory {parent}, above {ino}, is not there")
+            with suppress(NotFound, StaleInode):
+                async with engine.looking(parent, before, named=False) as above:
+                    return attributes_of(require_present(require_directory(above)))
+            parent = 0
+
+    async def _generation_at(self, ino: int) -> int | None:
+        """The generation of the inode that has this number now."""
+        try:
+            async with self._engine.looking(ino) as state:
+                return state.fields().generation
+        except NotFound:
+            return None
 
     async def _find(self, directory: InodeState, name: bytes) -> Entry:
         """The entry, in a directory whose lock is held."""
@@ -110,6 +147,7 @@ class Namespace:
         """At most ``limit`` entries behind ``cookie`` (0: from the start), none at the end.
 
         An entry that is there all the time is seen once, whatever comes and goes meanwhile.
+        Raises `NotFound` for a directory that was removed, as Linux does (IS_DEADDIR).
         """
         found: list[DirectoryEntry] = []
         if cookie < DOT_COOKIE and limit > 0:
@@ -121,7 +159,7 @@ class Namespace:
         behind, left = max(cookie, DOT_DOT_COOKIE), limit - len(found)
         engine = self._engine
         async with engine.looking(ino) as state:
-            inode = require_directory(state)
+            inode = require_present(require_directory(state))
             entries = await engine.look(lambda reader: read_entries(reader, inode, behind, left))
             engine.note_access(state)
             children = await engine.attributes_of_all({e.ino: e.generation for e in entries})
@@ -209,7 +247,7 @@ class Namespace:
                 raise NotPermitted(f"{ino} is a directory: it has one name")
         async with self._engine.alone(parent) as directory:
             require_directory(directory)
-            async with self._engine.alone(ino, generation):
+            async with self._engine.alone(ino, generation, named=False):
                 return attributes_of(await self._engine.change(body))
 
     # -- unmaking ----------------------------------------------------------------------------
@@ -300,10 +338,16 @@ def _unname(change: Change, parent: int, entry: Entry, unused: bool) -> None:
         directory.nlink -= 1
 
 
-def require_absent(change: Change, directory: Inode, name: bytes) -> None:
-    """Raise `NameExists`, or `NotFound` for a directory that was removed."""
+def require_present(directory: Inode) -> Inode:
+    """Raise `NotFound` for a directory that was removed."""
     if directory.nlink == 0:
         raise NotFound(f"directory {directory.ino} was removed")
+    return directory
+
+
+def require_absent(change: Change, directory: Inode, name: bytes) -> None:
+    """Raise `NameExists`, or `NotFound` for a directory that was removed."""
+    require_present(directory)
     if find_entry(change.tx, directory, name) is not None:
         raise NameExists(f"{name!r} is in directory {directory.ino}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +15,7 @@ from csvfs.format import BLOCK_BYTES, BLOCKS_PER_UNIT, BlockType, new_block, sea
 from csvfs.namespace import inode
 from csvfs.namespace import names as namespace
 from csvfs.namespace.inode import SetAttributes
+from csvfs.namespace.inode_table import InodeState
 from csvfs.namespace.rename import EXCHANGE, NOREPLACE
 from csvfs.volume import Volume, VolumeOptions
 from redirector.block.simulated import SimulatedLun
@@ -149,7 +152,9 @@ async def test_a_removed_directory_takes_no_new_names() -> None:
         gone = (await mkdir(volume, b"gone")).ino
         await volume.rmdir(ROOT, b"gone")
         assert (await volume.getattr(gone)).nlink == 0
-        assert await names(volume, gone) == [b".", b".."]
+        for cookie in range(3):
+            with pytest.raises(errors.NotFound):
+                await volume.readdir(gone, cookie, 10)
         with pytest.raises(errors.NotFound):
             await volume.mkdir(gone, b"dir", 0o755, 0, 0)
         with pytest.raises(errors.NotFound):
@@ -160,6 +165,72 @@ async def test_a_removed_directory_takes_no_new_names() -> None:
         await volume.forget(gone, 1)
         with pytest.raises(errors.NotFound):
             await volume.getattr(gone)
+
+
+async def inode_in_place_of(volume: Volume, ino: int) -> None:
+    """A file, further down in the tree, with the number of an inode that is to be gone."""
+    await volume.reclaimer.drain()
+    for number in range(1000):
+        made = await volume.mknod(ROOT, b"new %d" % number, stat.S_IFREG, 0, 0, 0)
+        volume.remember(made.ino, 1)
+        if made.ino == ino:
+            return
+    pytest.fail("the number is not used again")
+
+
+async def test_above_a_removed_directory_is_nothing() -> None:
+    """Not even what has the number of its parent by now."""
+    async with fresh_volume() as volume:
+        parent = (await mkdir(volume, b"parent")).ino
+        child = (await mkdir(volume, b"child", parent=parent)).ino
+        assert (await volume.lookup(child, b"..")).ino == parent
+        await volume.rmdir(parent, b"child")
+        await volume.rmdir(ROOT, b"parent")
+        await volume.forget(parent, 1)
+        await inode_in_place_of(volume, parent)
+        with pytest.raises(errors.NotFound):
+            await volume.lookup(child, b"..")
+        with pytest.raises(errors.NotFound):
+            await volume.readdir(child, 0, 10)
+        assert (await volume.lookup(child, b".")).nlink == 0
+
+
+@pytest.mark.parametrize("lock", range(4))
+@pytest.mark.parametrize("removed", [False, True])
+async def test_what_is_above_a_directory_that_moves_meanwhile(lock: int, removed: bool) -> None:
+    """Before any of the locks that the look-up takes, the parent becomes another inode."""
+    async with fresh_volume() as volume:
+        parent = (await mkdir(volume, b"parent")).ino
+        other = (await mkdir(volume, b"other")).ino
+        child = (await mkdir(volume, b"child", parent=parent)).ino
+        looking = volume.engine.looking
+        taken = 0
+
+        @asynccontextmanager
+        async def meanwhile(
+            ino: int, generation: int | None = None, *, named: bool = True
+        ) -> AsyncIterator[InodeState]:
+            nonlocal taken
+            taken += 1
+            if taken == lock + 1:
+                volume.engine.looking = looking  # type: ignore[method-assign]
+                if removed:
+                    await volume.rmdir(parent, b"child")
+                else:
+                    await volume.rename(parent, b"child", other, b"moved")
+                await volume.rmdir(ROOT, b"parent")
+                await volume.forget(parent, 1)
+                await inode_in_place_of(volume, parent)
+            async with looking(ino, generation, named=named) as state:
+                yield state
+
+        volume.engine.looking = meanwhile  # type: ignore[method-assign,assignment]
+        if removed:
+            with pytest.raises(errors.NotFound):
+                await volume.lookup(child, b"..")
+        else:
+            assert (await volume.lookup(child, b"..")).ino == other
+        assert taken > lock
 
 
 async def test_renames_that_cannot_be() -> None:
