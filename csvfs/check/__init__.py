@@ -84,6 +84,7 @@ class _Round:
         self.superblock = superblock
         self.geometry = superblock.geometry
         self.own_view = own_view
+        self.now_ns = now_ns
         self.progress = progress
         self.repair = repair
         self.image = VolumeImage(device, superblock.volume_id)
@@ -97,7 +98,9 @@ class _Round:
         found = self.findings.append
         self.progress("superblocks, views and journals")
         await check_superblocks(self.image, self.superblock, found)
-        view = self.own_view or await check_views(self.image, self.geometry, found)
+        view = self.own_view or await check_views(
+            self.image, self.device, self.superblock, self.now_ns, found
+        )
         slots = await self._used_slots(view)
         self.progress("allocation maps")
         space = Space(self.image, self.geometry, found)
@@ -119,14 +122,13 @@ class _Round:
     async def _used_slots(self, view: View | None) -> list[int]:
         if view is None:
             return []
-        entered = [n for n, slot in enumerate(view.slots) if slot.incarnation]
         used = {
-            n: view.slots[n].incarnation
-            for n in entered
-            if view.slots[n].flags & ViewSlotFlag.JOURNAL_USED
+            n: slot.incarnation
+            for n, slot in enumerate(view.slots)
+            if slot.flags & ViewSlotFlag.JOURNAL_USED
         }
         found = self.findings.append
-        await check_slot_blocks(self.image, self.geometry, view, entered, found)
+        await check_slot_blocks(self.image, self.geometry, view, sorted(used), found)
         self.totals.replayed_records = await check_journals(
             self.image, self.device, self.geometry, used, found, repair=self.repair
         )

@@ -36,10 +36,11 @@ class Stage(IntEnum):
 class Damage(Enum):
     """(stage, what is wrong, what repair does)."""
 
-    SUPERBLOCK = (Stage.FIXED, "the superblock is damaged", "written anew from the backup")
+    SUPERBLOCKS = (Stage.FIXED, "both superblocks are destroyed", "derived from the rest")
+    SUPERBLOCK = (Stage.FIXED, "the superblock is damaged", "written anew")
     BACKUP_SUPERBLOCK = (Stage.FIXED, "the backup superblock is damaged", "written anew")
     VIEW_COPY = (Stage.FIXED, "one of the two views is damaged", "written anew from the other")
-    VIEW = (Stage.FIXED, "both views are damaged", "an empty view is written")
+    VIEW = (Stage.FIXED, "both views are damaged", "made anew of slot blocks and journals")
     SLOT_BLOCK = (Stage.FIXED, "a slot block is damaged", "written anew, without sessions")
     JOURNAL = (Stage.FIXED, "a journal cannot be read", "emptied: its last changes are lost")
     LIST_ROOT = (Stage.FIXED, "the root of an orphan or reclaim list is damaged", "emptied")
@@ -92,6 +93,13 @@ class Finding:
     where: str
     detail: str
     repair: Repair | None = field(default=None, compare=False, repr=False)
+    while_taken: bool = False
+    """It is mended while the volume is taken, before there is a workbench."""
+
+    @property
+    def repairable(self) -> bool:
+        """A repair mends it."""
+        return self.repair is not None or self.while_taken
 
     def __str__(self) -> str:
         return f"{self.where}: {self.damage.words}: {self.detail}"
@@ -122,6 +130,8 @@ class Report:
     left: list[Finding] = field(default_factory=list)
     """What is still wrong now: all of it without repair."""
     repaired_blocks: int = 0
+    complete: bool = True
+    """False: the check could not go beyond what it found; ``totals`` say nothing."""
 
     @property
     def clean(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from secrets import token_bytes
 
 from csvfs.check.finding import Damage, Finding, Repair
 from csvfs.check.image import VolumeImage
@@ -11,6 +12,7 @@ from csvfs.check.workbench import Workbench
 from csvfs.format import (
     BLOCK_BYTES,
     BLOCKS_PER_UNIT,
+    SECRET_BYTES,
     SUPERBLOCK_ADDRESS,
     VIEW_ADDRESSES,
     BadBlock,
@@ -32,6 +34,7 @@ from csvfs.journal.replay import (
     plan_replay,
     replay,
 )
+from csvfs.membership.view_rebuild import Rebuild, read_traces, rebuilt_view
 from redirector.block.device import BlockDevice
 
 Report = Callable[[Finding], None]
@@ -66,14 +69,20 @@ async def read_views(image: VolumeImage) -> list[bytearray]:
     return copies
 
 
-async def check_views(image: VolumeImage, geometry: Geometry, report: Report) -> View | None:
+async def check_views(
+    image: VolumeImage,
+    device: BlockDevice,
+    superblock: Superblock,
+    now_ns: int,
+    report: Report,
+) -> View | None:
     """The view that is believed; None, and a finding, when both copies are bad."""
     copies = await read_views(image)
     try:
         view = newest_view(copies, image.volume_id)
     except NoView as error:
-        empty = View.empty(geometry.slots, 1, bytes(32))
-        report(Finding(Damage.VIEW, "view", str(error), partial(_put_view, view=empty)))
+        view = await _view_of_traces(device, superblock, now_ns)
+        report(Finding(Damage.VIEW, "view", str(error), partial(_put_view, view=view)))
         return None
     for copy, address in zip(copies, VIEW_ADDRESSES, strict=True):
         try:
@@ -88,6 +97,12 @@ async def check_views(image: VolumeImage, geometry: Geometry, report: Report) ->
                 )
             )
     return view
+
+
+async def _view_of_traces(device: BlockDevice, superblock: Superblock, now_ns: int) -> View:
+    """The caller has the volume for itself, so whatever keys are registered mean nothing."""
+    rebuild = Rebuild(now_ns, token_bytes(SECRET_BYTES))
+    return rebuilt_view(await read_traces(device, superblock), (), rebuild)
 
 
 async def _put_next_view(bench: Workbench, *, view: View) -> None:

@@ -19,13 +19,18 @@ Wherever this stops, the next claim finds a view that is empty, or lists an inca
 host, and begins again at 1. (The slot block that 5 overwrites may then be torn; the sessions that
 it named were closed and drained in 3.) Nothing of an earlier life can land after 3.
 
+A *repair* may go on where both copies of the view, or of the superblock, are destroyed. It works on
+a view made of what the slots have left, under which nobody is a member (`view_rebuild`), decides
+once more between 2 and 3, and its first view, written at 6, is the volume's view again. A crash
+before that leaves the next repair the same to do; after it, any claim of this host finds its own
+dead. A derived superblock stays in memory: who has the claim writes it.
+
 Concurrency: one task per claim. A claim or release that is cancelled drops its sessions; it may
 leave its newcomer's key registered, holding or not, for the next claim to fence.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -35,9 +40,7 @@ from typing import Final
 import trio
 
 from csvfs.format import (
-    FINGERPRINT_BYTES,
     Session,
-    SlotBlock,
     Superblock,
     View,
     byte_offset,
@@ -45,26 +48,30 @@ from csvfs.format import (
 from csvfs.membership.decision import (
     Host,
     Observation,
+    RebuildView,
     Silence,
     Succession,
     WaitSilence,
     decide,
     live_slots,
 )
-from csvfs.membership.fixed_area import read_heartbeats, read_slot_blocks, read_view, write_view
+from csvfs.membership.fixed_area import read_heartbeats, read_view, write_view
 from csvfs.membership.newcomer import Newcomer, observe, open_newcomer
+from csvfs.membership.predecessors import fence_predecessors, succeed
 from csvfs.membership.refusals import Refusal, RefuseExhausted, RefuseMountedHere
 from csvfs.membership.seat import (
     JournalTask,
     Seat,
     active_view,
     choose_seat,
+    fingerprint_of,
     joining_view,
     journal_tasks,
     left_view,
     new_sessions,
     seat_block,
 )
+from csvfs.membership.view_rebuild import Rebuild
 from redirector.block.device import (
     BlockDevice,
     BlockError,
@@ -81,7 +88,6 @@ from redirector.block.reservations import (
     TakeoverLost,
     Victim,
     fence,
-    victims_of,
 )
 
 POLL_S: Final = 0.5
@@ -139,6 +145,10 @@ class Claim:
     """The reserving session: view and, later, heartbeats."""
     superblock_trouble: str = ""
     """Not empty: the superblock is damaged in this way, and its backup was used."""
+    superblock_rebuilt: str = ""
+    """Not empty: both copies are destroyed; `superblock` was derived in this way."""
+    view_rebuilt: str = ""
+    """Not empty: both copies of the view were destroyed in this way; `view` was made anew."""
 
     @property
     def slot(self) -> int:
@@ -169,17 +179,18 @@ async def claim_volume(
     now_ns: Callable[[], int] = time.time_ns,
     rng: Random = _SYSTEM_RANDOM,
     on_wait: Callable[[str], None] = lambda _reason: None,
+    rebuild: Rebuild | None = None,
 ) -> Claim:
     """Become the volume's only member.
 
     ``take_lock(volume id)`` obtains the daemon's lock file, or says False if another process has
     it; called at each attempt. ``prepare`` brings the journals in order. ``on_wait`` is told what
-    is waited for.
+    is waited for. With ``rebuild`` a view or superblock that is destroyed is made anew.
 
     Raises `ClaimRefused`, `ClaimFailed`, `NoVolume`, `NoView`, `ForeignReservation`,
     `LoginFailed`, `BlockError`, and what ``prepare`` raises.
     """
-    claimer = _Claimer(lun, host, prepare, take_lock, now_ns, rng, on_wait)
+    claimer = _Claimer(lun, host, prepare, take_lock, now_ns, rng, on_wait, rebuild)
     trouble: BlockError | None = None
     for _ in range(ATTEMPTS):
         try:
@@ -208,22 +219,29 @@ class _Claimer:
     now_ns: Callable[[], int]
     rng: Random
     on_wait: Callable[[str], None]
+    rebuild: Rebuild | None
     own_keys: set[int] = field(default_factory=set)
     """Newcomer's keys of all attempts: one of an earlier attempt that holds is dead."""
+    view_trouble: str = ""
+    """Why an attempt made the view anew; the next one may find the view of this one."""
 
     async def attempt(self) -> Claim:
-        async with await open_newcomer(self.lun, self.host.initiator_name, self.rng) as newcomer:
+        derive = self.rebuild is not None
+        async with await open_newcomer(
+            self.lun, self.host.initiator_name, self.rng, derive=derive
+        ) as newcomer:
             self.own_keys.add(newcomer.key)
             if not self.take_lock(newcomer.superblock.volume_id):
                 raise ClaimRefused(RefuseMountedHere())
             succession = await self._wait_for_succession(newcomer)
-            await self._succeed(newcomer.registration, succession.victim_key)
-            await self._fence(newcomer)
+            await succeed(newcomer.registration, succession.victim_key)
+            if isinstance(succession, RebuildView):
+                await self._look_again(newcomer, succession)
+            await fence_predecessors(self.lun, newcomer, without_view=derive)
             seen, seat = await self._choose_seat(newcomer)
             data, control = await self._write_slot_block(newcomer, seat)
-            view = joining_view(
-                seen.view, seat, self.host, self._fingerprint(), newcomer.key, self.now_ns()
-            )
+            print_ = fingerprint_of(self.host.certificate)
+            view = joining_view(seen.view, seat, self.host, print_, newcomer.key, self.now_ns())
             await write_view(newcomer.registration, view, newcomer.superblock.volume_id)
             return await self._move_in(newcomer, view, seat, data, control)
 
@@ -231,7 +249,12 @@ class _Claimer:
     def _decide(self, seen: Observation, *, quiet: bool) -> Succession | WaitSilence:
         # The lock file is held: `attempt` refuses without it.
         decision = decide(
-            seen, self.host, frozenset(self.own_keys), has_daemon_lock=True, quiet=quiet
+            seen,
+            self.host,
+            frozenset(self.own_keys),
+            has_daemon_lock=True,
+            quiet=quiet,
+            preempt_keys=self.rebuild.preempt_keys if self.rebuild else frozenset(),
         )
         if isinstance(decision, Refusal):
             raise ClaimRefused(decision)
@@ -243,7 +266,7 @@ class _Claimer:
         quiet = False
         deadline = trio.current_time() + PATIENCE_S
         while True:
-            seen = await observe(newcomer)
+            seen = await observe(newcomer, self.rebuild)
             decision = self._decide(seen, quiet=quiet)
             if isinstance(decision, Succession):
                 return decision
@@ -260,8 +283,9 @@ class _Claimer:
 
     async def _choose_seat(self, newcomer: Newcomer) -> tuple[Observation, Seat]:
         """Decide again, as the holder after a fence: what is read now, nobody changes any more."""
-        seen = await observe(newcomer)
+        seen = await observe(newcomer, self.rebuild)
         decision = self._decide(seen, quiet=True)
+        self.view_trouble = self.view_trouble or seen.view_trouble
         if not isinstance(decision, Succession) or seen.reservation.key != newcomer.key:
             raise TakeoverLost(seen.reservation.key)
         seat = choose_seat(seen, decision, self.host)
@@ -270,35 +294,17 @@ class _Claimer:
         return seen, seat
 
     # -- taking ------------------------------------------------------------------------------
-    async def _succeed(self, registration: Registration, victim_key: int) -> None:
-        """An atomic compare-and-swap: of two that try, one goes on."""
-        if victim_key == 0:
-            await registration.reserve()
-        elif victim_key != registration.key:
-            await registration.take(victim_key)
-
-    async def _fence(self, newcomer: Newcomer) -> None:
-        """Close, disown and drain everybody else."""
-        holder = newcomer.registration
-        blocks = await holder.ask(lambda: read_slot_blocks(newcomer.device, newcomer.superblock))
-        view = await holder.ask(lambda: read_view(newcomer.device, newcomer.superblock.volume_id))
-        listed = {n: block for n, block in blocks.items() if n in live_slots(view)}
-        keys = (await holder.ask(newcomer.device.read_keys)).keys
-        others = [key for key in keys if key != newcomer.key]
-        await fence(
-            self.lun,
-            holder,
-            victims_of(others, _ports(listed)),
-            # A dead or frozen reader of an incarnation that is not listed any more.
-            stragglers=lambda: victims_of((), _ports(blocks)),
-        )
+    async def _look_again(self, newcomer: Newcomer, succession: Succession) -> None:
+        """A host that came back in the last moment is found before it is fenced, not after."""
+        try:
+            self._decide(await observe(newcomer, self.rebuild), quiet=True)
+        except ClaimRefused:
+            if succession.victim_key == 0:  # as it was: nobody held
+                holder = newcomer.registration
+                await holder.ask(lambda: newcomer.device.release(holder.key))
+            raise
 
     # -- moving in ---------------------------------------------------------------------------
-    def _fingerprint(self) -> bytes:
-        if not self.host.certificate:
-            return bytes(FINGERPRINT_BYTES)
-        return hashlib.sha256(self.host.certificate).digest()
-
     async def _write_slot_block(self, newcomer: Newcomer, seat: Seat) -> tuple[Session, Session]:
         """Say who will be in the slot and over which sessions, before either exists."""
         superblock, device = newcomer.superblock, newcomer.device
@@ -338,6 +344,8 @@ class _Claimer:
             data_path,
             control_path,
             str(trouble) if trouble else "",
+            newcomer.superblock_rebuilt,
+            self.view_trouble,
         )
         claim.check()
         return claim
@@ -356,15 +364,6 @@ class _Claimer:
             device.abort()
             raise
         return path
-
-
-def _ports(blocks: dict[int, SlotBlock]) -> list[InitiatorPort]:
-    """The initiator port of every session that the slot blocks record."""
-    return [
-        InitiatorPort(session.initiator_name, session.isid)
-        for block in blocks.values()
-        for session in block.sessions
-    ]
 
 
 # -- leaving -------------------------------------------------------------------------------------

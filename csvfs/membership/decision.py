@@ -7,6 +7,8 @@ sessions. A newcomer has read all three (registered, so that what it read was cu
                     reservation; allowed after a silence only (see `Silence`)
     SucceedParked   the view is empty and names the very key that holds: the last node left it
     RecoverOwnDead  the only members are earlier incarnations of this host, proven dead
+    RebuildView     nobody can read who is a member, but nobody who could be one is registered;
+                    allowed to a repair only, after a silence (see `_decide_without_view`)
     WaitSilence     look again until nothing has changed for `SILENCE_S`
     Refuse...       and says whom to ask
 
@@ -18,13 +20,15 @@ number, as JOINING. In that state a slot's journal may still hold what the incar
 so whoever finds it dead replays it like any other: no crash in the middle of a claim loses it.
 
 invariants:
-- nothing but an empty view, or one whose members are all proven dead, is ever succeeded;
+- nothing but an empty view, or one whose members are all proven dead, is ever succeeded; without
+  a view, nothing but a LUN where every registered key is this host's, proven dead, or a newcomer's,
+  or one that the administrator has named;
 - an incarnation number of a slot is used once, whatever became of the claim that took it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +41,7 @@ from csvfs.membership.refusals import (
     RefuseMountedHere,
     RefuseOther,
     RefuseTooSmall,
+    RefuseUnexplained,
 )
 from csvfs.mkfs import stored_device_id
 from redirector.block.device import LunIdentity, Reservation, ReservationType
@@ -71,12 +76,17 @@ class Observation:
     keys: tuple[int, ...]
     slot_blocks: Mapping[int, SlotBlock]
     """Those that are valid."""
+    view_trouble: str = ""
+    """Not empty: both copies of the view are destroyed in this way, and ``view`` is made of what
+    the slots have left (`csvfs.membership.view_rebuild`)."""
 
     def fingerprint(self) -> Hashable:
         """What must not change while silence is waited for, heartbeats aside.
 
         Other newcomers come and go; they do not count before they hold the reservation.
         """
+        if self.view_trouble:
+            return (self.reservation.key, frozenset(path_keys(self.keys)))
         listed = live_slots(self.view)
         parsed = ((key, PathKey.parse(key)) for key in self.keys)
         members = frozenset(key for key, path in parsed if path and path.slot in listed)
@@ -106,6 +116,11 @@ class RecoverOwnDead(Succession):
     slots: tuple[int, ...]
 
 
+class RebuildView(RecoverOwnDead):
+    """The same without a view: of all who are registered none can be alive. ``slots`` are those
+    that this host had last."""
+
+
 @dataclass(frozen=True, slots=True)
 class WaitSilence:
     """Undecidable as yet."""
@@ -118,15 +133,27 @@ Decision = Succession | WaitSilence | Refusal
 
 # -- the decision --------------------------------------------------------------------------------
 def decide(
-    seen: Observation, host: Host, own_keys: frozenset[int], *, has_daemon_lock: bool, quiet: bool
+    seen: Observation,
+    host: Host,
+    own_keys: frozenset[int],
+    *,
+    has_daemon_lock: bool,
+    quiet: bool,
+    preempt_keys: frozenset[int] = frozenset(),
 ) -> Decision:
     """What the newcomer may do now.
 
     ``own_keys``: keys that this very claim has registered. ``quiet``: `Silence` has lasted.
+    ``preempt_keys``: whose owners are gone for good, as the administrator says; they count only
+    where no view can tell.
     """
     refusal = _refuse_volume(seen) or _refuse_foreign(seen)
     if refusal is not None:
         return refusal
+    if seen.view_trouble:
+        return _decide_without_view(
+            seen, host, own_keys, preempt_keys, has_daemon_lock=has_daemon_lock, quiet=quiet
+        )
     dead: list[int] = []
     for number in live_slots(seen.view):
         verdict = _judge(seen, number, host, has_daemon_lock)
@@ -148,6 +175,49 @@ def decide(
     if holder:
         return WaitSilence(f"{key_words(holder)} holds the reservation, and no view explains it")
     return WaitSilence("nobody holds the reservation: another host may be joining")
+
+
+def _decide_without_view(
+    seen: Observation,
+    host: Host,
+    own_keys: frozenset[int],
+    preempt_keys: frozenset[int],
+    *,
+    has_daemon_lock: bool,
+    quiet: bool,
+) -> Decision:
+    """Who could be writing? Under a type 6 reservation only who is registered.
+
+    - A registered path key: of a member, of one that is dead, or parked by one that has left. The
+      target cannot tell these apart, and a view that could is gone. This host's own is proven dead
+      as ever; any other stands for a host whose virtual machines may be running: refused, unless
+      the administrator has named it.
+    - A newcomer's key: nobody's virtual machines. It is fenced and drained like the rest.
+    - Not registered, but alive (the target restarted, or drops keys with their session): it
+      registers before it writes, and reads the view on that session. If it does so within the
+      silence, its key refuses the rebuild; later, the rebuilt view does not list it.
+    - Another repair at the same time: RESERVE and PREEMPT let one win.
+    """
+    unexplained = []
+    for key in path_keys(seen.keys):
+        owner = _owner(seen, key)
+        if owner is not None and _is_host(owner, host):
+            if owner.identity.boot_id == host.boot_id and not has_daemon_lock:
+                return RefuseMountedHere()
+        elif key not in preempt_keys:
+            unexplained.append((key, _name(owner)))
+    if unexplained:
+        return RefuseUnexplained(tuple(unexplained))
+    holder = seen.reservation.key
+    if quiet or holder in own_keys:
+        own = tuple(n for n, block in seen.slot_blocks.items() if _is_host(block, host))
+        return RebuildView(holder, own)
+    return WaitSilence("both views are destroyed: another host may come back and be registered")
+
+
+def path_keys(keys: Iterable[int]) -> tuple[int, ...]:
+    """The registered keys of incarnations, each once, ascending."""
+    return tuple(sorted({key for key in keys if PathKey.parse(key) is not None}))
 
 
 def live_slots(view: View) -> tuple[int, ...]:
@@ -191,6 +261,27 @@ def _judge(seen: Observation, number: int, host: Host, has_daemon_lock: bool) ->
     if entry.boot_id == host.boot_id and not has_daemon_lock:
         return RefuseMountedHere()
     return None
+
+
+def _is_host(block: SlotBlock, host: Host) -> bool:
+    who = block.identity
+    return (who.machine_id, who.node_name) == (host.machine_id, host.node_name)
+
+
+def _name(block: SlotBlock | None) -> str:
+    if block is None:
+        return ""
+    who = block.identity
+    return f"{who.node_name} ({', '.join(who.addresses)})" if who.addresses else who.node_name
+
+
+def _owner(seen: Observation, key: int) -> SlotBlock | None:
+    """The slot block of the incarnation that a path key is of, if one says so."""
+    path = PathKey.parse(key)
+    block = seen.slot_blocks.get(path.slot) if path is not None else None
+    if path is None or block is None or block.identity.incarnation != path.incarnation:
+        return None
+    return block
 
 
 def _is_of(key: int, view: View, slots: list[int]) -> bool:

@@ -71,13 +71,18 @@ async def _has_views(device: BlockDevice) -> bool:
 
 async def read_view(device: BlockDevice, volume_id: bytes) -> View:
     """The view. Raises `NoView`."""
+    return newest_view(await read_view_copies(device), volume_id)
+
+
+async def read_view_copies(device: BlockDevice) -> list[bytearray]:
+    """Both copies as they lie there, zeroes for one that the medium lost."""
     copies = []
     for address in VIEW_ADDRESSES:
         try:
             copies.append(await device.read(byte_offset(address), VIEW_BYTES))
         except MediumError:
             copies.append(bytearray(VIEW_BYTES))
-    return newest_view(copies, volume_id)
+    return copies
 
 
 async def write_view(holder: Registration, view: View, volume_id: bytes) -> None:

@@ -108,6 +108,27 @@ class RefuseForeign(Refusal):
 
 
 @dataclass(frozen=True, slots=True)
+class RefuseUnexplained(Refusal):
+    """Both views are destroyed, and keys are registered whose owners may be alive."""
+
+    keys: tuple[tuple[int, str], ...]
+    """Each with the node that it is of, as far as a slot block says; empty: unknown."""
+
+    @property
+    def words(self) -> str:
+        who = "; ".join(
+            f"{key_words(key)} of {name or 'a node that no slot block names'}"
+            for key, name in self.keys
+        )
+        return (
+            "both copies of the view are destroyed, so nobody can tell who is a member, and"
+            f" registered on the LUN is {who}. If that node has the volume mounted, unmount it"
+            " there, which writes a new view; if not, run `csvctl check --repair` there. Only if it"
+            " is gone for good: `csvctl check --repair --preempt-key KEY`"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RefuseExhausted(Refusal):
     """No slot has an incarnation number left."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
 from csvfs.format import (
+    FINGERPRINT_BYTES,
     NOBODY,
     Identity,
     Session,
@@ -60,6 +62,11 @@ def _next_incarnation(seen: Observation, slot: int) -> int:
         if parsed is not None and parsed.slot == slot:
             used = max(used, parsed.incarnation)
     return used + 1
+
+
+def fingerprint_of(certificate: bytes) -> bytes:
+    """As a view lists it: SHA-256, zeroes without a certificate."""
+    return hashlib.sha256(certificate).digest() if certificate else bytes(FINGERPRINT_BYTES)
 
 
 def joining_view(
