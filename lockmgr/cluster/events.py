@@ -74,6 +74,9 @@ class PathLost:
     """The control or the data session is gone or was silent for 2 s; both are dropped. I/O that
     is outstanding is still answered (`Unknown`)."""
 
+    keys: tuple[int, ...] = ()
+    """Those of the lost paths; a coordinator passes them on to its successor, to be fenced."""
+
 
 @dataclass(frozen=True, slots=True)
 class PathBack:

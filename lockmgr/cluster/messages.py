@@ -26,8 +26,15 @@ class TakeOver:
     """From the holder, to a successor of its choice: PREEMPT this key, I do not mind."""
 
     holder_key: int
-    lost: bool
-    """The sender has lost its paths: fence all keys of it that are not carried by a peer."""
+    lost_keys: tuple[int, ...] = ()
+    """Of the sender's paths that are lost: fence them too."""
+
+
+@dataclass(frozen=True, slots=True)
+class YouHold:
+    """From whom that key has deposed: look at the reservation."""
+
+    holder_key: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ class JoinRefused:
 Message = (
     Announce
     | TakeOver
+    | YouHold
     | AskLease
     | LeaseGiven
     | Leave

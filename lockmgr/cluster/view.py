@@ -25,6 +25,8 @@ NOBODY: Final = 255
 NEWCOMER_SLOT: Final = 255
 """The slot of who has none; its "incarnation" is its temporary key."""
 MAX_EPOCH: Final = (1 << 63) - 1
+MAX_INCARNATION: Final = (1 << 24) - 1
+"""A key has 24 bits for it."""
 
 
 class SlotState(IntEnum):

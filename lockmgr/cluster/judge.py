@@ -1,0 +1,180 @@
+"""Who shows life, who hears whom, and so who stays: what one awake observer knows.
+
+Theory. A node shows life by a datagram or by a change of its heartbeat block; both say whom it
+hears. The judge keeps, for each node, when it last showed life, and for each ordered pair, when the
+one last said that it hears the other (for itself: when it last heard). All these clocks count only
+while the judge observes: `restart` after every gap makes everybody fresh. A pair is mutual, and a
+node alive, for ``evict_after_s`` after its last sign or after it became fresh. The *verdict* is the
+largest set of living nodes that are pairwise mutual and have a direct path.
+
+That a heartbeat block has *changed*, and the latest time at which it can have done so, is kept
+across gaps: a value that was read twice has not changed in between, whoever slept.
+
+invariants:
+- the judge itself is always alive to itself;
+- no sign is later than the last step; `changed_at` of a block is never too early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lockmgr.cluster.blocks import Heartbeat, HeartbeatFlag
+from lockmgr.cluster.cliques import largest_mutual_set
+from lockmgr.cluster.settings import Settings
+from lockmgr.cluster.view import NodeId
+
+
+class Judge:
+    """The observations of node ``me``."""
+
+    def __init__(self, me: NodeId, settings: Settings) -> None:
+        self.me = me
+        self._settings = settings
+        self._fresh: dict[NodeId, float] = {me: 0.0}
+        self._life: dict[NodeId, float] = {}
+        self._heard: dict[tuple[int, int], float] = {}
+        """(a, b): when slot a last said that it hears slot b."""
+        self._direct: dict[NodeId, bool] = {}
+        self._by_slot: dict[int, NodeId] = {me.slot: me}
+        self._sequences: dict[NodeId, int] = {}
+        self._blocks: dict[NodeId, int] = {}
+        self._changed_at: dict[NodeId, float] = {}
+        self._verdicts: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
+        self._latest = 0.0
+
+    # -- whom it is about --------------------------------------------------------------------
+    def set_nodes(self, nodes: Iterable[NodeId], now: float) -> None:
+        """These are listed now; who was not before is fresh."""
+        wanted = {*nodes, self.me}
+        for node in wanted - self._fresh.keys():
+            self._fresh[node] = now
+            self._heard = {pair: t for pair, t in self._heard.items() if node.slot not in pair}
+        for node in self._fresh.keys() - wanted:
+            del self._fresh[node]
+            self._life.pop(node, None)
+            self._direct.pop(node, None)
+            self._sequences.pop(node, None)
+        self._by_slot = {node.slot: node for node in wanted}
+
+    def restart(self, now: float) -> None:
+        """The judge slept, or could not read: whatever it did not see is nobody's silence."""
+        self._fresh = dict.fromkeys(self._fresh, now)
+
+    # -- signs -------------------------------------------------------------------------------
+    def take_beat(self, beat: Heartbeat, now: float) -> bool:
+        """A datagram. False if it is none of a listed node, or not a new one."""
+        node = beat.node
+        if node not in self._fresh or node == self.me:
+            return False
+        if beat.sequence <= self._sequences.get(node, -1):
+            return False
+        self._sign(beat, now)
+        self._heard[self.me.slot, node.slot] = now
+        return True
+
+    def take_blocks(self, blocks: Iterable[Heartbeat], now: float) -> None:
+        """All heartbeat blocks, as just read."""
+        for block in blocks:
+            node = block.node
+            if self._blocks.get(node) == block.sequence:
+                continue
+            known = node in self._blocks
+            self._blocks[node] = block.sequence
+            self._changed_at[node] = now
+            if node == self.me or node not in self._fresh:
+                continue
+            # The first look at a block shows that it was written once, not that its node lives.
+            if known and block.sequence > self._sequences.get(node, -1):
+                self._sign(block, now)
+            elif known:
+                self._life[node] = now
+
+    def _sign(self, beat: Heartbeat, now: float) -> None:
+        node = beat.node
+        self._latest = now
+        self._sequences[node] = beat.sequence
+        self._life[node] = now
+        self._direct[node] = bool(beat.flags & HeartbeatFlag.HAS_DIRECT_PATH)
+        for slot in self._by_slot:
+            if beat.hears >> slot & 1:
+                self._heard[node.slot, slot] = now
+
+    # -- what follows ------------------------------------------------------------------------
+    def hears(self, now: float) -> int:
+        """The bit map of slots whose datagrams came lately, to be told to the others."""
+        bits = 1 << self.me.slot
+        for slot in self._by_slot:
+            heard = self._heard.get((self.me.slot, slot))
+            if heard is not None and now - heard <= self._settings.hears_s:
+                bits |= 1 << slot
+        return bits
+
+    def changed_at(self, node: NodeId, now: float) -> float:
+        """No later change of that node's heartbeat block was there at the last look."""
+        return self._changed_at.get(node, now)
+
+    def last_sign(self, node: NodeId) -> float:
+        """When it last showed life, or became fresh."""
+        return max(self._life.get(node, 0.0), self._fresh.get(node, 0.0))
+
+    def signed_since(self, node: NodeId, since: float) -> bool:
+        """Whether it really showed life after that time."""
+        return self._life.get(node, -1.0) > since or self._changed_at.get(node, -1.0) > since
+
+    def is_alive(self, node: NodeId, now: float) -> bool:
+        return node == self.me or now - self.last_sign(node) <= self._settings.evict_after_s
+
+    def is_direct(self, node: NodeId) -> bool:
+        """What it last said of its own path."""
+        return self._direct.get(node, False)
+
+    def is_mutual(self, a: NodeId, b: NodeId, now: float) -> bool:
+        """Whether the two heard each other within the time that counts."""
+        fresh = max(self._fresh.get(a, 0.0), self._fresh.get(b, 0.0))
+        heard = min(
+            self._heard.get((a.slot, b.slot), 0.0),
+            self._heard.get((b.slot, a.slot), 0.0),
+        )
+        return now - max(fresh, heard) <= self._settings.evict_after_s
+
+    def has_met(self, node: NodeId, others: Iterable[NodeId], now: float) -> bool:
+        """Whether it and each of the others have really heard each other of late."""
+        within = 2 * self._settings.hears_s
+        return all(
+            now - self._heard.get(pair, float("-inf")) <= within
+            for other in others
+            if other != node
+            for pair in ((node.slot, other.slot), (other.slot, node.slot))
+        )
+
+    def verdict(self, now: float, direct: bool) -> frozenset[NodeId]:
+        """Those who stay. ``direct``: whether the judge has a path itself, as it must."""
+        slots = sorted(self._by_slot)
+        nodes = [self._by_slot[slot] for slot in slots]
+        words = [0] * len(nodes)
+        paths = 0
+        for i, a in enumerate(nodes):
+            if not self.is_alive(a, now):
+                continue
+            words[i] |= 1 << i
+            # Who has not yet said anything since it is fresh is believed to have a path.
+            if direct if a == self.me else self._direct.get(a, True):
+                paths |= 1 << i
+            for j, b in enumerate(nodes[:i]):
+                if self.is_mutual(a, b, now):
+                    words[i] |= 1 << j
+                    words[j] |= 1 << i
+        question = (tuple(words), paths)
+        answer = self._verdicts.get(question)
+        if answer is None:
+            answer = largest_mutual_set(words, paths)
+            self._verdicts = {question: answer}
+        return frozenset(nodes[i] for i in answer)
+
+    def check(self, now: float) -> None:
+        """Assert the invariants."""
+        assert self.is_alive(self.me, now)
+        assert self._latest <= now
+        assert set(self._by_slot.values()) == self._fresh.keys()
+        assert len(self._by_slot) == len(self._fresh), "two incarnations of one slot"
