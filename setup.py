@@ -77,7 +77,7 @@ def _extension() -> Extension:
         "redirector.native._native",
         sources=[
             str(NATIVE / name)
-            for name in ("_native.pyx", "session.c", "login.c", "issue.c", "answer.c")
+            for name in ("_native.pyx", "session.c", "login.c", "issue.c", "silence.c", "answer.c")
         ],
         depends=[str(NATIVE / name) for name in ("session.h", "internal.h", "queue.h")],
         include_dirs=[str(NATIVE)],

@@ -62,6 +62,15 @@ class Request:
         return int.from_bytes(self.head[24:28], "big")
 
     @property
+    def referenced_tag(self) -> int:
+        """Of task management."""
+        return int.from_bytes(self.head[20:24], "big")
+
+    @property
+    def immediate(self) -> bool:
+        return bool(self.head[0] & 0x40)
+
+    @property
     def operation(self) -> int:
         """SCSI operation code; -1 if this is no SCSI command."""
         return self.head[32] if self.opcode == SCSI_COMMAND else -1
@@ -168,6 +177,10 @@ class Talk:
             advance=False,
         )
 
+    def task_response(self, request: Request, response: int = 1) -> None:
+        """To task management; 1 is "task does not exist"."""
+        self.send(TASK_RESPONSE, FINAL, request.tag, response=response)
+
     def reject(self, request: Request, reason: int = 4) -> None:
         head = bytes([REJECT, FINAL, reason, 0]) + len(request.head).to_bytes(4, "big")
         head += bytes(8) + struct.pack(">II", NO_TAG, 0) + self._numbers(True) + bytes(12)
@@ -183,6 +196,7 @@ class Talk:
         tag: int,
         data: bytes = b"",
         *,
+        response: int = 0,
         status: int = 0,
         lun: bytes = bytes(8),
         target_tag: int = NO_TAG,
@@ -190,7 +204,7 @@ class Talk:
         advance: bool = True,
     ) -> None:
         """Any PDU; ``tail`` is bytes 36 to 47 of its header."""
-        head = bytes([opcode, flags, 0, status]) + len(data).to_bytes(4, "big") + lun
+        head = bytes([opcode, flags, response, status]) + len(data).to_bytes(4, "big") + lun
         head += struct.pack(">II", tag, target_tag) + self._numbers(advance) + tail
         self.raw(head + data + bytes(-len(data) % 4))
 

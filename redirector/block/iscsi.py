@@ -26,6 +26,7 @@ from redirector.block.device import (
     Unreachable,
 )
 from redirector.block.iscsi_device import IscsiDevice
+from redirector.block.patience import Patience
 from redirector.block.url import ISCSI_PORT, LunUrl
 from redirector.native.nexus import Nexus, milliseconds_until, wait
 
@@ -52,10 +53,14 @@ _LOGIN_WORDS = {
 class IscsiOptions:
     """How patient a session is, and how deep. A target that answers slowly is not lost."""
 
-    ping_interval_s: float = 1.0
+    ping_interval_s: float = 0.5
     """Ping after so long without a byte from the target; 0: never."""
-    ping_timeout_s: float = 4.0
+    ping_timeout_s: float = 2.0
     """So long after a ping without a byte, the nexus is lost."""
+    most_patience_s: float = 30.0
+    """After such a loss the next nexus waits twice as long, but never longer than this."""
+    calm_s: float = 60.0
+    """A target that was quick for so long is waited for as at first."""
     command_timeout_s: float = 30.0
     """So long without an answer to one command, the nexus is lost."""
     max_in_flight: int = 120
@@ -82,7 +87,8 @@ class IscsiLun(Lun):
         self.target = target
         self.lun = lun
         self.credentials = credentials
-        self.options = options or IscsiOptions()
+        self.options = options = options or IscsiOptions()
+        self._patience = Patience(options.ping_timeout_s, options.most_patience_s, options.calm_s)
         user = credentials.user if credentials else ""
         self.url = str(LunUrl("iscsi", host=host, port=port, target=target, lun=lun, user=user))
         self._initiator = _ANONYMOUS_INITIATOR
@@ -137,7 +143,9 @@ class IscsiLun(Lun):
         for number, portal in enumerate(addresses, 1):
             share_ms = milliseconds_until(deadline) // (len(addresses) - number + 1)
             try:
-                nexus, completion = await Nexus.open(**self._session_config(port, portal, share_ms))
+                nexus, completion = await Nexus.open(
+                    self._fell_silent, **self._session_config(port, portal, share_ms)
+                )
             except OSError as error:
                 raise LoginFailed(f"{self.url}: no thread or descriptor: {error}") from error
             if completion is None:
@@ -146,6 +154,9 @@ class IscsiLun(Lun):
             if not isinstance(failure, Unreachable):
                 break
         raise failure
+
+    def _fell_silent(self, waited_s: float) -> None:
+        self._patience.lost(waited_s, trio.current_time())
 
     async def _addresses(self, deadline: float) -> list[str]:
         found = None
@@ -179,6 +190,8 @@ class IscsiLun(Lun):
             "command_timeout_ms": int(options.command_timeout_s * 1000),
             "ping_interval_ms": int(options.ping_interval_s * 1000),
             "ping_timeout_ms": int(options.ping_timeout_s * 1000),
+            "patience_ms": int(self._patience.of_next(trio.current_time()) * 1000),
+            "calm_ms": int(options.calm_s * 1000),
             "max_in_flight": options.max_in_flight,
         }
         if self.credentials is not None:

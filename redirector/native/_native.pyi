@@ -38,6 +38,7 @@ class Statistics(TypedDict):
     in_flight: int
     peak_in_flight: int
     window: int
+    patience_ms: int
 
 class Session(Generic[T]):
     """One I_T nexus. It never reconnects: once `lost`, every command ends as unknown."""
@@ -56,17 +57,20 @@ class Session(Generic[T]):
         header_digest: bool = False,
         login_timeout_ms: int = 10_000,
         command_timeout_ms: int = 30_000,
-        ping_interval_ms: int = 1_000,
-        ping_timeout_ms: int = 4_000,
+        ping_interval_ms: int = 500,
+        ping_timeout_ms: int = 2_000,
+        patience_ms: int = 0,
+        calm_ms: int = 60_000,
         max_in_flight: int = 120,
     ) -> None:
         """Start to log in; ``token`` comes back when that has ended.
 
         ``portal`` is numeric. After ``ping_interval_ms`` (0: never) without a byte from the
-        target it is pinged (NOP-Out); ``ping_timeout_ms`` more without one, or one command
-        unanswered for ``command_timeout_ms``, and the session is lost. Raises `ValueError` for a
-        name that is too long or an ISID that is not `isid_valid`, `OSError` when there is no
-        thread or descriptor.
+        target it is pinged; ``ping_timeout_ms`` more without one, or one command unanswered for
+        ``command_timeout_ms``, and the session is lost. A longer ``patience_ms`` holds instead of
+        ``ping_timeout_ms`` until the target was quick for ``calm_ms`` (see silence.c). Raises
+        `ValueError` for a name that is too long or an ISID that is not `isid_valid`, `OSError`
+        when there is no thread or descriptor.
         """
 
     def set_geometry(self, block_bytes: int, max_transfer_bytes: int) -> None:
@@ -114,6 +118,9 @@ class Session(Generic[T]):
     @property
     def text(self) -> str:
         """Why it was lost, in words."""
+    @property
+    def silent_ms(self) -> int:
+        """If it was lost because the target was silent, how long that was waited out; else 0."""
     @property
     def outstanding(self) -> int:
         """Tokens that were not given back yet."""

@@ -56,6 +56,8 @@ cdef extern from "session.h" nogil:
         uint32_t command_timeout_ms
         uint32_t ping_interval_ms
         uint32_t ping_timeout_ms
+        uint32_t patience_ms
+        uint32_t calm_ms
         uint32_t max_in_flight
     struct csv_statistics:
         uint64_t commands
@@ -63,6 +65,7 @@ cdef extern from "session.h" nogil:
         uint32_t in_flight
         uint32_t peak_in_flight
         uint32_t window
+        uint32_t patience_ms
     bint csv_isid_valid(uint64_t isid)
     csv_session *csv_session_open(const csv_config *config, csv_request *login)
     void csv_session_set_geometry(csv_session *session, uint32_t block, uint32_t max_transfer)
@@ -72,6 +75,7 @@ cdef extern from "session.h" nogil:
     void csv_session_abort(csv_session *session)
     bint csv_session_lost(const csv_session *session)
     const char *csv_session_text(const csv_session *session)
+    uint32_t csv_session_silent_ms(const csv_session *session)
     void csv_session_statistics(csv_session *session, csv_statistics *statistics)
     void csv_session_close(csv_session *session)
     void csv_session_free(csv_session *session)
@@ -118,8 +122,8 @@ cdef class Session:
 
     def __init__(self, token, *, str portal, str target, str initiator, isid, lun, str user="",
                  str password="", bint header_digest=False, login_timeout_ms=10_000,
-                 command_timeout_ms=30_000, ping_interval_ms=1_000, ping_timeout_ms=4_000,
-                 max_in_flight=120):
+                 command_timeout_ms=30_000, ping_interval_ms=500, ping_timeout_ms=2_000,
+                 patience_ms=0, calm_ms=60_000, max_in_flight=120):
         cdef csv_config config
         cdef pinned_request *login
         if self._session != NULL:
@@ -143,6 +147,8 @@ cdef class Session:
         config.command_timeout_ms = command_timeout_ms
         config.ping_interval_ms = ping_interval_ms
         config.ping_timeout_ms = ping_timeout_ms
+        config.patience_ms = patience_ms
+        config.calm_ms = calm_ms
         config.max_in_flight = max_in_flight
         login = self._new(CSV_LOGIN, None, 0, token)
         self._session = csv_session_open(&config, &login.request)
@@ -305,6 +311,10 @@ cdef class Session:
             return ""
         return csv_session_text(self._session).decode(errors="replace")
 
+    @property
+    def silent_ms(self):
+        return 0 if self._session == NULL else csv_session_silent_ms(self._session)
+
     def statistics(self):
         cdef csv_statistics shown
         if self._session == NULL:
@@ -316,4 +326,5 @@ cdef class Session:
             "in_flight": shown.in_flight,
             "peak_in_flight": shown.peak_in_flight,
             "window": shown.window,
+            "patience_ms": shown.patience_ms,
         }

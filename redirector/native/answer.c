@@ -136,6 +136,8 @@ void csv_on_scsi(struct iscsi_context *context, int status, void *data, void *pr
         csv_lose_context(session);
         return;
     }
+    session->ended_tag = piece->task->itt;
+    session->ended_number = piece->task->cmdsn;
     atomic_fetch_add_explicit(&session->commands, 1, memory_order_relaxed);
     if (request->outcome == CSV_REFUSED && piece->task->xfer_dir == SCSI_XFER_WRITE &&
         csv_unsent(session)) {
@@ -176,14 +178,28 @@ void csv_on_logout(struct iscsi_context *context, int status, void *data, void *
     csv_lose(session, "logged out");
 }
 
-void csv_on_ping(struct iscsi_context *context, int status, void *data, void *private)
+void csv_on_nop(struct iscsi_context *context, int status, void *data, void *private)
 {
     struct csv_session *session = private;
     (void)context;
     (void)data;
 
-    session->ping_out = false;
+    session->nop_out = false;
     if (status == SCSI_STATUS_GOOD)
+        atomic_fetch_add_explicit(&session->pings, 1, memory_order_relaxed);
+    else
+        csv_lose_context(session);
+}
+
+/* Whatever the target says to the probe, it has spoken; only a connection that ends is no answer. */
+void csv_on_probe(struct iscsi_context *context, int status, void *data, void *private)
+{
+    struct csv_session *session = private;
+    (void)context;
+    (void)data;
+
+    session->probe_out = false;
+    if (status != SCSI_STATUS_CANCELLED)
         atomic_fetch_add_explicit(&session->pings, 1, memory_order_relaxed);
     else
         csv_lose_context(session);

@@ -1,4 +1,4 @@
-/* What session.c, login.c, issue.c and answer.c share. Everything here belongs to the thread of the
+/* What session.c, login.c, issue.c, silence.c and answer.c share. Everything here belongs to the thread of the
  * session, but for the members that say otherwise. */
 #ifndef CSVFS_INTERNAL_H
 #define CSVFS_INTERNAL_H
@@ -62,10 +62,12 @@ struct csv_session {
 
     uint64_t now_ms, heard_ms; /* the last byte from the target */
     uint64_t sent_ms;          /* the last time the socket took data after it had been full */
-    bool ping_out;
-    uint64_t ping_sent_ms; /* or when something was last seen to move before it */
-    uint64_t watch_at_ms;  /* look again whether it does */
+    bool nop_out, probe_out; /* pings that await an answer; see silence.c */
+    uint64_t ping_sent_ms;   /* or when something was last seen to move before it */
+    uint64_t watch_at_ms;    /* look again whether it does */
+    uint64_t restless_ms;    /* when the target was last silent for half of ping_timeout_ms */
     int queued_bytes;
+    uint32_t ended_tag, ended_number; /* ITT and CmdSN of the command that was answered last */
     bool logged_out;
     char answered_text[CSV_TEXT_BYTES]; /* libiscsi's words for the last refusal; it keeps them */
 
@@ -78,8 +80,9 @@ struct csv_session {
     atomic_bool sleeping; /* the thread is about to poll: a submission must wake it */
     atomic_bool abort_wanted, close_wanted, lost;
     char text[CSV_TEXT_BYTES]; /* written once, before `lost` is */
+    uint32_t silent_ms;        /* the same */
     atomic_uint_fast64_t commands, pings;
-    atomic_uint_fast32_t shown_in_flight, peak_in_flight, shown_window;
+    atomic_uint_fast32_t shown_in_flight, peak_in_flight, shown_window, patience_ms;
 };
 
 /* session.c */
@@ -103,15 +106,17 @@ static inline char *csv_last_bytes(const struct csv_piece *piece)
 void csv_enqueue(struct csv_session *session, struct csv_request *request);
 void csv_drop_pending_head(struct csv_session *session);
 void csv_issue(struct csv_session *session);
-void csv_ping(struct csv_session *session);
-uint64_t csv_silence_ends_ms(const struct csv_session *session);
-void csv_watch_ping(struct csv_session *session);
 
-/* answer.c; libiscsi calls csv_on_..., with the piece (a ping: the session) as `private` */
+/* silence.c */
+uint64_t csv_next_look_ms(const struct csv_session *session);
+void csv_check_silence(struct csv_session *session);
+
+/* answer.c; libiscsi calls csv_on_..., with the piece (pings: the session) as `private` */
 void csv_on_scsi(struct iscsi_context *context, int status, void *data, void *private);
 void csv_on_task_management(struct iscsi_context *context, int status, void *data, void *private);
 void csv_on_logout(struct iscsi_context *context, int status, void *data, void *private);
-void csv_on_ping(struct iscsi_context *context, int status, void *data, void *private);
+void csv_on_nop(struct iscsi_context *context, int status, void *data, void *private);
+void csv_on_probe(struct iscsi_context *context, int status, void *data, void *private);
 void csv_show_in_flight(struct csv_session *session);
 bool csv_unsent(struct csv_session *session);
 void csv_settle(struct csv_session *session);

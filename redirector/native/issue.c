@@ -4,15 +4,13 @@
  * pings behind it. libiscsi does not show MaxCmdSN, only that its queue does not move though the
  * socket would take more. So a number of commands in flight that was never tried is approached one
  * by one; when the window closes, the session stays two below it (one place for a ping), and dares
- * more after a time that grows while that fails: with a command held back no ping gets through.
+ * more after a time that grows while that fails: with a command held back no NOP-Out gets through.
  */
-#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include "internal.h"
@@ -242,40 +240,4 @@ void csv_issue(struct csv_session *session)
     issue_pending(session);
     if (corked)
         cork(session, 0);
-}
-
-void csv_ping(struct csv_session *session)
-{
-    if (iscsi_nop_out_async(session->context, csv_on_ping, NULL, 0, session)) {
-        csv_lose_context(session);
-        return;
-    }
-    session->ping_out = true;
-    session->ping_sent_ms = session->now_ms;
-    session->watch_at_ms = session->now_ms + session->config.ping_timeout_ms / 4;
-    session->queued_bytes = 0;
-}
-
-/* When the target will have been silent for too long after a ping. */
-uint64_t csv_silence_ends_ms(const struct csv_session *session)
-{
-    uint64_t since_ms =
-        session->heard_ms > session->ping_sent_ms ? session->heard_ms : session->ping_sent_ms;
-    return since_ms + session->config.ping_timeout_ms;
-}
-
-/* A ping waits its turn, behind data that goes out slowly, or behind a command for which the target's
- * window is closed. Its time counts from when nothing was seen to move before it. */
-void csv_watch_ping(struct csv_session *session)
-{
-    int queued = 0; /* in the kernel, not yet acknowledged */
-    bool unsent = csv_unsent(session);
-    bool closed = unsent && !(iscsi_which_events(session->context) & POLLOUT);
-
-    ioctl(iscsi_get_fd(session->context), SIOCOUTQ, &queued);
-    if (closed || queued < session->queued_bytes ||
-        (unsent && session->sent_ms > session->ping_sent_ms))
-        session->ping_sent_ms = session->now_ms;
-    session->queued_bytes = queued;
-    session->watch_at_ms = session->now_ms + session->config.ping_timeout_ms / 4;
 }

@@ -74,7 +74,7 @@ static void on_login(struct iscsi_context *context, int status, void *data, void
     struct csv_request *login = session->login;
     session->login = NULL;
     session->phase = CSV_UP;
-    session->heard_ms = session->now_ms;
+    session->heard_ms = session->restless_ms = session->now_ms;
     login->outcome = CSV_DONE;
     csv_finish(session, login);
 }

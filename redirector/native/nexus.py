@@ -13,6 +13,7 @@ invariants:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -44,8 +45,11 @@ def milliseconds_until(deadline: float) -> int:
 class Nexus:
     """A native session and its reaper."""
 
-    def __init__(self, session: Session[Task]) -> None:
+    def __init__(
+        self, session: Session[Task], on_silence: Callable[[float], None] | None = None
+    ) -> None:
         self.session = session
+        self._on_silence = on_silence
         self.lost = trio.Event()
         self.ended = trio.Event()
         self.why = ""
@@ -54,14 +58,18 @@ class Nexus:
         """It is about to log out: no command may follow."""
 
     @classmethod
-    async def open(cls, **config: Any) -> tuple[Nexus, Completion | None]:
+    async def open(
+        cls, on_silence: Callable[[float], None] | None = None, **config: Any
+    ) -> tuple[Nexus, Completion | None]:
         """Log in, with the keyword arguments of `Session`.
 
         The completion says why it failed; the nexus has ended then. A cancelled login is dropped.
+        ``on_silence`` is called, with how many seconds were waited, when the session is lost
+        because the target was silent.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         session: Session[Task] = Session(current_task(), **config)
-        nexus = cls(session)
+        nexus = cls(session, on_silence)
         trio.lowlevel.spawn_system_task(nexus._reap, name=f"iscsi {config['portal']}")
 
         def drop(_: Any) -> Abort:
@@ -92,6 +100,8 @@ class Nexus:
                     reschedule(task, Value(completion))
         finally:
             self.why = self.why or session.text or "the session was closed"
+            if self._on_silence is not None and session.silent_ms:
+                self._on_silence(session.silent_ms / 1000)
             self.lost.set()
             for task, completion in session.close():
                 reschedule(task, Value(completion))

@@ -114,13 +114,9 @@ static int poll_timeout_ms(const struct csv_session *session)
     if (session->phase == CSV_CONNECTING)
         wake_ms = session->login_deadline_ms;
     if (session->phase == CSV_UP && session->config.ping_interval_ms) {
-        uint64_t ping_ms = session->heard_ms + session->config.ping_interval_ms;
-        if (session->ping_out) {
-            ping_ms = csv_silence_ends_ms(session);
-            ping_ms = ping_ms < session->watch_at_ms ? ping_ms : session->watch_at_ms;
-        }
-        if (ping_ms < wake_ms)
-            wake_ms = ping_ms;
+        uint64_t look_ms = csv_next_look_ms(session);
+        if (look_ms < wake_ms)
+            wake_ms = look_ms;
     }
     if (wake_ms == UINT64_MAX)
         return -1;
@@ -180,18 +176,8 @@ static void check_timers(struct csv_session *session)
     if (session->phase != CSV_UP)
         return;
     csv_check_deadlines(session);
-    if (!config->ping_interval_ms)
-        return;
-    if (!session->ping_out) {
-        if (session->now_ms >= session->heard_ms + config->ping_interval_ms)
-            csv_ping(session);
-        return;
-    }
-    if (session->now_ms >= session->watch_at_ms)
-        csv_watch_ping(session);
-    if (session->now_ms >= csv_silence_ends_ms(session))
-        csv_lose(session, "the target has been silent for %llu ms",
-                 (unsigned long long)(session->now_ms - session->heard_ms));
+    if (config->ping_interval_ms)
+        csv_check_silence(session);
 }
 
 static void *run(void *argument)
@@ -278,6 +264,9 @@ struct csv_session *csv_session_open(const struct csv_config *config, struct csv
         session->config.lun = config->lun | 0x4000;
     session->login = login;
     session->window = config->max_in_flight;
+    session->patience_ms = config->patience_ms > config->ping_timeout_ms ? config->patience_ms
+                                                                         : config->ping_timeout_ms;
+    session->ended_tag = 0xffffffff; /* of no command */
     session->proven = 1;
     session->widen_every_ms = CSV_WIDEN_LEAST_MS;
     session->earliest_deadline_ms = UINT64_MAX;
@@ -352,6 +341,11 @@ const char *csv_session_text(const struct csv_session *session)
     return csv_session_lost(session) ? session->text : "";
 }
 
+uint32_t csv_session_silent_ms(const struct csv_session *session)
+{
+    return csv_session_lost(session) ? session->silent_ms : 0;
+}
+
 void csv_session_statistics(struct csv_session *session, struct csv_statistics *statistics)
 {
     statistics->commands = atomic_load(&session->commands);
@@ -359,6 +353,7 @@ void csv_session_statistics(struct csv_session *session, struct csv_statistics *
     statistics->in_flight = (uint32_t)atomic_load(&session->shown_in_flight);
     statistics->peak_in_flight = (uint32_t)atomic_load(&session->peak_in_flight);
     statistics->window = (uint32_t)atomic_load(&session->shown_window);
+    statistics->patience_ms = (uint32_t)atomic_load(&session->patience_ms);
 }
 
 static void close_descriptors(struct csv_session *session)

@@ -84,8 +84,10 @@ struct csv_config {
     bool header_digest;          /* insist on CRC32C header digests */
     uint32_t login_timeout_ms;   /* connect and login together */
     uint32_t command_timeout_ms; /* so long without an answer to the oldest command, it is lost */
-    uint32_t ping_interval_ms;   /* NOP-Out after so long without a byte from the target; 0: never */
-    uint32_t ping_timeout_ms;    /* so long after a ping left without a byte, it is lost */
+    uint32_t ping_interval_ms;   /* ping after so long without a byte from the target; 0: never */
+    uint32_t ping_timeout_ms;    /* so long after a ping without a byte, it is lost, but for: */
+    uint32_t patience_ms;        /* ping_timeout_ms to begin with, if this is longer, until */
+    uint32_t calm_ms;            /* the target was not silent for half of ping_timeout_ms so long */
     uint32_t max_in_flight;      /* at most CSV_MAX_IN_FLIGHT; the target's window may be smaller */
 };
 
@@ -95,6 +97,7 @@ struct csv_statistics {
     uint32_t in_flight;     /* commands on the wire */
     uint32_t peak_in_flight;
     uint32_t window;        /* how many the session now dares to have on the wire */
+    uint32_t patience_ms;   /* for a silence, now */
 };
 
 /* libiscsi can express every ISID of type 00b, and those of 01b and 10b whose low six bits of the
@@ -125,6 +128,10 @@ bool csv_session_lost(const struct csv_session *session);
 
 /* Why it is lost, in words; "" before. */
 const char *csv_session_text(const struct csv_session *session);
+
+/* How long the silence was waited out for which it is lost, ms; 0 if it is lost for another reason, or
+ * not. */
+uint32_t csv_session_silent_ms(const struct csv_session *session);
 
 void csv_session_statistics(struct csv_session *session, struct csv_statistics *statistics);
 

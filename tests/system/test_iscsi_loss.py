@@ -35,6 +35,11 @@ def lun_of(tgt: Tgt, options: IscsiOptions = HASTY) -> IscsiLun:
     return IscsiLun(tgt.address, tgt.port, tgt.iqn, 1, options=options)
 
 
+def set_window(tgt: Tgt, commands: int) -> None:
+    update = ("--op", "update", "--mode", "target", "--tid", "1")
+    tgt.admin(*update, "--name", "MaxQueueCmd", "--value", str(commands))
+
+
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(20):
         while not condition():  # noqa: ASYNC110 (another process changes it)
@@ -88,7 +93,9 @@ async def test_the_target_dies(tgt: Tgt) -> None:
         assert await again.read(1 << 20, 512) == bytes(512)
 
 
-async def test_a_frozen_target_is_lost_with_writes_in_flight(tgt: Tgt) -> None:
+@pytest.mark.parametrize("window", [4, 16, 128])
+async def test_a_frozen_target_is_lost_with_writes_in_flight(tgt: Tgt, window: int) -> None:
+    set_window(tgt, window)
     device = await lun_of(tgt).login(A)
     with tgt.paused():
         started = trio.current_time()
@@ -111,8 +118,10 @@ async def test_a_frozen_target_is_lost_when_idle(tgt: Tgt) -> None:
     await device.aclose()
 
 
-async def test_a_slow_target_that_answers_pings_is_not_lost(tgt: Tgt) -> None:
-    """All of tgtd's threads hang in a write for three ping timeouts."""
+@pytest.mark.parametrize("window", [4, 16, 128])
+async def test_a_slow_target_that_answers_pings_is_not_lost(tgt: Tgt, window: int) -> None:
+    """All of tgtd's threads hang in a write for three ping timeouts; its window may be closed."""
+    set_window(tgt, window)
     async with await lun_of(tgt).login(A) as device:
         tgt.hold_writes()
         async with trio.open_nursery() as nursery:
@@ -167,8 +176,7 @@ async def test_a_reset_whose_connection_is_cut(tgt: Tgt) -> None:
 async def test_the_target_has_a_small_window(window: int) -> None:
     """Thousands of commands at once: what does not fit the target's window waits here."""
     with Tgt(lun_bytes=16 << 20) as tgt:
-        update = ("--op", "update", "--mode", "target", "--tid", "1")
-        tgt.admin(*update, "--name", "MaxQueueCmd", "--value", str(window))
+        set_window(tgt, window)
         async with await lun_of(tgt).login(A) as device:
             await many_commands(device, 2000)
             assert device.statistics()["window"] < 120

@@ -17,19 +17,22 @@ SOURCES = [
     ROOT / "tests/session_stress.c",
     *(
         ROOT / "redirector/native" / name
-        for name in ("session.c", "login.c", "issue.c", "answer.c")
+        for name in ("session.c", "login.c", "issue.c", "silence.c", "answer.c")
     ),
 ]
 
 
+@pytest.mark.parametrize("window", [128, 8])
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizer(sanitizer: str, tmp_path: Path) -> None:
+def test_sanitizer(sanitizer: str, window: int, tmp_path: Path) -> None:
     program = tmp_path / "session_stress"
     command = ["gcc", "-std=gnu11", "-g", "-O1", "-pthread", f"-fsanitize={sanitizer}"]
     command += ["-fno-sanitize-recover=all"] if "undefined" in sanitizer else []
     command += [f"-I{ROOT / 'redirector/native'}", *map(str, SOURCES), "-o", str(program)]
     subprocess.run([*command, "-liscsi"], check=True)
     with Tgt() as tgt:
+        update = ("--op", "update", "--mode", "target", "--tid", "1")
+        tgt.admin(*update, "--name", "MaxQueueCmd", "--value", str(window))
         done = subprocess.run(
             [program, tgt.portal, tgt.iqn, "10"],
             capture_output=True,

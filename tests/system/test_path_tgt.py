@@ -117,6 +117,44 @@ async def test_a_target_that_freezes_and_goes_on(tgt: Tgt) -> None:
             assert await path.read(BLOCK, 4 * BLOCK) == FAST * 4
 
 
+@pytest.mark.parametrize("freeze_first", [False, True])
+async def test_a_target_freezes_with_its_window_full(tgt: Tgt, freeze_first: bool) -> None:
+    """With the patience of real life: two seconds, not the timeout of a command."""
+    window, writes = 16, 48
+    update = ("--op", "update", "--mode", "target", "--tid", "1")
+    tgt.admin(*update, "--name", "MaxQueueCmd", "--value", str(window))
+    lun = IscsiLun("127.0.0.1", tgt.port, tgt.iqn, 1)
+    answered: list[int] = []
+
+    async def write(path: DirectPath, block: int) -> None:
+        await path.write(block * BLOCK, SLOW)
+        answered.append(block)
+        await path.write(block * BLOCK, FAST)
+
+    with trio.fail_after(60):
+        async with open_path(lun) as path, trio.open_nursery() as nursery:
+            tgt.hold_writes()
+            if freeze_first:
+                tgt.pause()
+            for block in range(1, writes + 1):
+                nursery.start_soon(write, path, block)
+            if not freeze_first:
+                await wait_held(tgt, window)
+                await trio.sleep(1)  # so long it is merely slow
+                assert path.status().healthy
+                tgt.pause()
+            frozen_at = trio.current_time()
+            while path.status().healthy:  # noqa: ASYNC110 (what an admin sees)
+                await trio.sleep(0.01)
+            assert trio.current_time() - frozen_at <= 3.5
+            assert not answered
+            tgt.resume()
+            tgt.release_writes()
+        assert sorted(answered) == list(range(1, writes + 1))
+    data = tgt.backing().read_bytes()[BLOCK : BLOCK * (writes + 1)]
+    assert data == FAST * writes
+
+
 async def test_a_target_that_restarts_and_lost_its_cache(tgt: Tgt) -> None:
     """Its backing file is set back to what it was at the flush: the unflushed writes come again."""
     with trio.fail_after(60):

@@ -62,26 +62,6 @@ def reap(session: Session[object], count: int = 1) -> list[tuple[object, Complet
     return ended
 
 
-def test_a_ping_behind_a_closed_window_proves_nothing() -> None:
-    """All four places are taken by commands that take four ping timeouts."""
-    waiting: list[Request] = []
-
-    def answer(talk: Talk, request: Request) -> None:
-        waiting.append(request)
-        if len(waiting) < 4:
-            return
-        if len(waiting) == 4:
-            time.sleep(0.8)
-            for each in waiting[:-1]:
-                talk.respond(each)
-        talk.respond(request)
-
-    with ScriptedTarget(answer, window=4) as target, session_of(target) as session:
-        for number in range(12):
-            session.scsi(bytes(6), number)
-        assert reap(session, 12) == [(number, None) for number in range(12)], session.text
-
-
 def test_a_slow_line_is_no_silence() -> None:
     """The ping waits behind 12 MiB that take five ping timeouts to leave; no answer comes."""
     received = 0
