@@ -1,0 +1,93 @@
+"""Byte-range locks of a whole node: its own, and the files it masters, in one pure core.
+
+As `lockmgr.core` does for the six modes: what one half says to the other is delivered within the
+step, in order; what is for other nodes leaves as `RangeSend`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from lockmgr.messages import Resource
+from lockmgr.ranges_client import RangeClient
+from lockmgr.ranges_events import RangeEffect, RangeEpochRefused, RangeEvent, RangeSend
+from lockmgr.ranges_master import RANGES_PER_OWNER, RangeMaster
+from lockmgr.ranges_messages import RangeAnswer, RangeMessage, RangeNodeBound, RangeTested
+
+
+class RangeCore:
+    """The byte-range locks of node ``node`` in the view of epoch ``epoch``."""
+
+    def __init__(
+        self,
+        node: int,
+        epoch: int,
+        master_of: Callable[[Resource], int],
+        *,
+        may_grant: Callable[[Resource], bool] = lambda _resource: True,
+        ranges_per_owner: int = RANGES_PER_OWNER,
+    ) -> None:
+        self.node = node
+        self.epoch = epoch
+        self.client = RangeClient(node, epoch, master_of)
+        self.master = RangeMaster(epoch, may_grant=may_grant, ranges_per_owner=ranges_per_owner)
+
+    def step(self, event: RangeEvent, now: float) -> list[RangeEffect]:
+        """Carry out what a process of this node wants, and all that this causes here."""
+        return self._settle(self.client.step(event, now), now)
+
+    def deliver(self, message: RangeMessage, now: float) -> list[RangeEffect]:
+        """Carry out a message from another node. Raises `ProtocolViolation`."""
+        return self._settle(self._receive(message, now), now)
+
+    def new_epoch(
+        self, epoch: int, master_of: Callable[[Resource], int], now: float
+    ) -> list[RangeEffect]:
+        """A new view: freeze, and re-assert. Followed by `thaw` when every node has done so."""
+        self.epoch = epoch
+        self.master.freeze(epoch)
+        return self._settle(self.client.new_epoch(epoch, master_of, now), now)
+
+    def thaw(self, now: float) -> list[RangeEffect]:
+        """All re-assertions of this epoch have arrived everywhere: grant again."""
+        return self._settle(_to_nodes(self.master.thaw(now)), now)
+
+    def reopened(self, now: float) -> list[RangeEffect]:
+        """``may_grant`` has changed its mind for some files."""
+        return self._settle(_to_nodes(self.master.reopened(now)), now)
+
+    def refuse(self, resource: Resource, node: int, serial: int, now: float) -> list[RangeEffect]:
+        """A deadlock between masters is ended at this wait (EDEADLK)."""
+        return self._settle(_to_nodes(self.master.refuse(resource, node, serial, now)), now)
+
+    def overtake(self, resource: Resource, node: int, serial: int, now: float) -> list[RangeEffect]:
+        """A circle between masters that only fairness closes is opened at this wait."""
+        return self._settle(_to_nodes(self.master.overtake(resource, node, serial, now)), now)
+
+    def _settle(self, effects: list[RangeEffect], now: float) -> list[RangeEffect]:
+        out: list[RangeEffect] = []
+        pending = deque(effects)
+        while pending:
+            effect = pending.popleft()
+            if isinstance(effect, RangeSend) and effect.to == self.node:
+                pending.extend(self._receive(effect.message, now))
+            else:
+                out.append(effect)
+        return out
+
+    def _receive(self, message: RangeMessage, now: float) -> list[RangeEffect]:
+        if message.epoch != self.epoch:
+            return [RangeEpochRefused(message)]
+        if isinstance(message, RangeAnswer | RangeTested):
+            return self.client.receive(message, now)
+        return _to_nodes(self.master.step(message, now))
+
+    def check(self) -> None:
+        """Assert the invariants of both halves."""
+        self.client.check()
+        self.master.check()
+
+
+def _to_nodes(answers: list[RangeNodeBound]) -> list[RangeEffect]:
+    return [RangeSend(answer.node, answer) for answer in answers]

@@ -1,0 +1,143 @@
+"""Who waits for whom among the byte-range locks of one master: deadlocks, and fairness undone.
+
+Theory. A request that waits does so for the *owners* of what stands in its way. Linux answers
+EDEADLK to a POSIX request whose wait would close a circle of owners (fs/locks.c,
+`posix_locks_deadlock`), whatever files they are in; OFD and flock requests wait, as they do there,
+since a process may have many such owners.
+
+Fairness adds edges: from a request to those before it that it would exclude. A circle that has
+such an edge is none in Linux, so the request that is held back loses its patience instead. There
+*processes* are compared, not owners, for any kind: too many circles found cost fairness only.
+
+A new circle has an owner in it that has just begun to wait, or that has been granted something
+while it waits elsewhere; so only these need to be looked at.
+
+invariants (`check`):
+- both indexes have exactly what waits
+- no circle goes through a patient request that is held back by others
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from lockmgr.ranges import RangeLocks, Waiting
+from lockmgr.ranges_messages import Owner, RangeLock
+
+Process = Owner | tuple[int, int]
+"""(node, pid), or an owner whose process is not known."""
+
+FileWait = tuple[RangeLocks, Waiting]
+
+Key = TypeVar("Key")
+
+
+def process_of(owner: Owner) -> Process:
+    """What two owners of one process have in common."""
+    return (owner.node, owner.pid) if owner.pid else owner
+
+
+class WaitGraph:
+    """All that waits in the files of one master, by owner and by process."""
+
+    __slots__ = ("_by_owner", "_by_process")
+
+    def __init__(self) -> None:
+        self._by_owner: dict[Owner, list[FileWait]] = {}
+        self._by_process: dict[Process, list[FileWait]] = {}
+
+    def add(self, file: RangeLocks, waiting: Waiting) -> None:
+        """It waits in ``file``."""
+        owner = waiting.message.owner
+        self._by_owner.setdefault(owner, []).append((file, waiting))
+        self._by_process.setdefault(process_of(owner), []).append((file, waiting))
+
+    def remove(self, file: RangeLocks, waiting: Waiting) -> None:
+        """It waits no more."""
+        owner = waiting.message.owner
+        _take_out(self._by_owner, owner, (file, waiting))
+        _take_out(self._by_process, process_of(owner), (file, waiting))
+
+    def clear(self) -> None:
+        """Nobody waits."""
+        self._by_owner.clear()
+        self._by_process.clear()
+
+    def of(self, owner: Owner) -> tuple[FileWait, ...]:
+        """What ``owner`` waits for, the oldest first."""
+        return tuple(self._by_owner.get(owner, ()))
+
+    def deadlock(self, file: RangeLocks, message: RangeLock) -> bool:
+        """Does, or would, the wait of ``message`` close a circle of owners and holders?"""
+        seen: set[Owner] = set()
+        reached = [hold.owner for hold in file.obstacles(message)]
+        while reached:
+            owner = reached.pop()
+            if owner == message.owner:
+                return True
+            if owner not in seen:
+                seen.add(owner)
+                for other_file, waiting in self._by_owner.get(owner, ()):
+                    reached.extend(hold.owner for hold in other_file.obstacles(waiting.message))
+        return False
+
+    def in_circle(self, owner: Owner) -> bool:
+        """Does the process of ``owner`` wait for itself, by way of holders and of fairness?"""
+        process = process_of(owner)
+        waits = self._by_process.get(process)
+        return waits is not None and self._reaches(
+            (other for file, waiting in waits for other in _awaited(file, waiting)), process
+        )
+
+    def held_back_in_circle(self) -> list[FileWait]:
+        """Requests that fairness holds back behind those that depend on them."""
+        return [
+            (file, waiting)
+            for waits in self._by_owner.values()
+            for file, waiting in waits
+            if waiting.patient
+            and self._reaches(
+                (process_of(ahead.message.owner) for ahead in file.ahead_of(waiting)),
+                process_of(waiting.message.owner),
+            )
+        ]
+
+    def _reaches(self, processes: Iterable[Process], goal: Process) -> bool:
+        seen: set[Process] = set()
+        reached = list(processes)
+        while reached:
+            process = reached.pop()
+            if process == goal:
+                return True
+            if process not in seen:
+                seen.add(process)
+                for file, waiting in self._by_process.get(process, ()):
+                    reached.extend(_awaited(file, waiting))
+        return False
+
+    def check(self, files: Iterable[RangeLocks]) -> None:
+        """Assert the invariants; ``files``: all that this graph is about."""
+        listed = {(id(file), id(waiting)) for file in files for waiting in file.waiting}
+        indexes: tuple[Iterable[list[FileWait]], ...] = (
+            self._by_owner.values(),
+            self._by_process.values(),
+        )
+        for index in indexes:
+            indexed = [(id(file), id(waiting)) for waits in index for file, waiting in waits]
+            assert len(indexed) == len(listed) and set(indexed) == listed
+            assert all(index)
+        assert not self.held_back_in_circle()
+
+
+def _awaited(file: RangeLocks, waiting: Waiting) -> Iterator[Process]:
+    for hold in file.obstacles(waiting.message):
+        yield process_of(hold.owner)
+    for ahead in file.ahead_of(waiting):
+        yield process_of(ahead.message.owner)
+
+
+def _take_out(index: dict[Key, list[FileWait]], key: Key, wait: FileWait) -> None:
+    index[key].remove(wait)
+    if not index[key]:
+        del index[key]
