@@ -140,17 +140,6 @@ class TreeEditor(Tree):
                 return RemovedRange(removed, True)
         return RemovedRange(removed, False)
 
-    def detach(self) -> int | None:
-        """Take all entries away as a tree of their own; this one is empty then.
-
-        Returns the address of the new root (see `TreeRoot.detached`), None if there was nothing.
-        """
-        if self.is_empty():
-            return None
-        address, _, _ = self._move_down()
-        self.root.initialise(self._edit_root())
-        return address
-
     # -- growing -----------------------------------------------------------------------------
     def _add(self, steps: list[Step], depth: int, key: int, value: bytes) -> None:
         """Put an entry before the entry that ``steps[depth]`` points to; split upward."""

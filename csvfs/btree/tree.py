@@ -112,11 +112,6 @@ class TreeRoot:
         """The reclaim list of a slot, whose root block is at ``address``."""
         return cls(address, BlockType.RECLAIM_ROOT, slot, NodeKind.FIXED, TreeOwner.RECLAIM)
 
-    @classmethod
-    def detached(cls, address: int, ino: int) -> TreeRoot:
-        """The extents that `TreeEditor.detach` took away from an inode: the root is a node."""
-        return cls(address, BlockType.TREE_NODE, ino, NodeKind.FIXED, TreeOwner.INODE)
-
     def initialise(self, block: bytearray) -> None:
         """Make the root area of ``block`` an empty tree."""
         self.leaf.initialise(block, 0, self.kind)

@@ -15,12 +15,9 @@ from csvfs.format import (
     BLOCKS_PER_UNIT,
     ORPHAN_VALUE,
     RECLAIM_VALUE,
-    BadBlock,
     BlockType,
     OrphanKind,
     ReclaimKind,
-    block_owner,
-    verify,
 )
 from csvfs.journal.transaction import BlockKey
 
@@ -96,8 +93,6 @@ async def _reclaim(walk: Walk, root: TreeRoot, key: int, value: bytes) -> None:
     elif kind == ReclaimKind.BLOCK:
         if not claims.claim_block(key):
             _wrong(walk, root, key, "the block has an owner, or is in no group")
-    elif kind == ReclaimKind.TREE:
-        await _detached(walk, root, key)
     elif kind == ReclaimKind.INODE:
         if key in walk.known:
             _wrong(walk, root, key, "the inode has a name, or is listed twice")
@@ -108,17 +103,3 @@ async def _reclaim(walk: Walk, root: TreeRoot, key: int, value: bytes) -> None:
             _wrong(walk, root, key, "the inode cannot be used")
     else:
         _wrong(walk, root, key, f"kind {kind} is not known")
-
-
-async def _detached(walk: Walk, root: TreeRoot, key: int) -> None:
-    block = (await walk.image.read([key])).get(key, b"")
-    try:
-        verify(block, key, BlockType.TREE_NODE, walk.image.volume_id)
-    except BadBlock as error:
-        _wrong(walk, root, key, str(error))
-        return
-    if not walk.claims.claim_block(key):
-        _wrong(walk, root, key, "the tree's root has another owner")
-        return
-    detached = TreeRoot.detached(key, block_owner(block))
-    await walk.extents(detached, cast(Block, block), f"detached tree {key}", 0)

@@ -272,6 +272,22 @@ def set_written(tree: TreeEditor, first: int, count: int, *, written: bool = Tru
     return sum(bits for _, _, bits in changes)
 
 
+def contiguous(reader: BlockReader, root: TreeRoot, first: int, most_units: int) -> int:
+    """How many records from logical unit ``first`` on lie one behind the other on the LUN, with
+    at most ``most_units`` units together; a record that is cut at ``first`` does not count."""
+    count = units = 0
+    end: int | None = None
+    for extent in extents(reader, root, first):
+        if extent.logical < first:
+            continue
+        units += extent.units
+        if units > most_units or end not in (None, extent.physical):
+            break
+        count += 1
+        end = extent.physical + extent.units
+    return count
+
+
 def remove_range(
     tree: TreeEditor,
     first: int,

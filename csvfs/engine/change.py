@@ -24,8 +24,8 @@ from csvfs.allocation.allocator import Groups
 from csvfs.btree.edit import TreeEditor
 from csvfs.btree.tree import TreeRoot
 from csvfs.data.extent_map import Placed
+from csvfs.data.extents import contiguous, insert_units, remove_range
 from csvfs.data.extents import goal as extent_goal
-from csvfs.data.extents import insert_units, remove_range
 from csvfs.engine.locks import Resources
 from csvfs.errors import Damaged
 from csvfs.journal.transaction import NeedLock, Transaction
@@ -49,6 +49,9 @@ ALLOCATION_BLOCKS: Final = 12
 """Images that mapping one more run may take: the header and a map of a group, and a split of the
 extent tree from the leaf to the root."""
 REMOVAL_EXTENTS: Final = 2
+REMOVAL_UNITS: Final = 1024
+"""More extents than that only if they make one run of so many units, and so one reclaim item: less
+than the units of a map block, so that freeing it changes two maps at most."""
 REMOVAL_BLOCKS: Final = 24
 """Images that taking so many extents out may take: both trees, the file's and the reclaim list,
 may split and join nodes on every level, and a split allocates."""
@@ -206,15 +209,17 @@ class Change:
     def cut(self, file: Inode, first: int) -> bool:
         """Take the units from logical unit ``first`` on out of a file, as many as the
         transaction has room for. True when none is left."""
-        tree = self.extents(file)
+        tree, count = self.extents(file), REMOVAL_EXTENTS
         for _ in range(CUT_ROUNDS):
             if self.tx.blocks_left < REMOVAL_BLOCKS:
                 break
-            removed = remove_range(tree, first, MAX_UNITS, max_extents=REMOVAL_EXTENTS)
+            removed = remove_range(tree, first, MAX_UNITS, max_extents=count)
             self.drop_units(file, removed.runs)
             if removed.done:
                 return True
-            first = removed.next_unit
+            first, count = removed.next_unit, REMOVAL_EXTENTS
+            if len(removed.runs) == 1:  # probably there is more of that run
+                count = max(count, contiguous(self.tx, tree.root, first, REMOVAL_UNITS))
         return False
 
     # -- the end of an inode -----------------------------------------------------------------

@@ -143,8 +143,6 @@ class ReclaimKind(IntEnum):
     """``count`` data units from block address key = unit * 16."""
     BLOCK = 2
     """One metadata block."""
-    TREE = 3
-    """A detached extent tree; the key is its root, a TREE_NODE block."""
     INODE = 4
     """A dead inode and all that it owns."""
 

@@ -198,29 +198,6 @@ def test_remove_range_of_nothing(owner: Owner) -> None:
     assert owner.remove_range(10, 11) == ([(10, number(0))], True)
 
 
-def test_detach() -> None:
-    owner = Owner(TreeRoot.of_file(INO), forget=0.2)
-
-    def detach(tx: Transaction) -> int | None:
-        return owner.editor(tx).detach()
-
-    assert owner.blocks.transact(detach) is None
-    for count in (3, 1000):
-        for key in range(count):
-            owner.insert(key, number(key))
-        address = owner.blocks.transact(detach)
-        assert address is not None
-        assert owner.items() == []
-        whole = Owner(TreeRoot.detached(address, INO))
-        whole.blocks, whole.addresses = owner.blocks, owner.addresses
-        assert whole.items() == [(key, number(key)) for key in range(count)]
-        owner.addresses.used.discard(address)
-        assert whole.verify().entries == count
-        assert whole.remove_range(0, MAX_KEY).done
-        assert whole.items() == []
-        owner.addresses.used.clear()
-
-
 def test_release_may_change_the_same_tree() -> None:
     """The reclaim list notes its own dropped nodes in itself."""
     owner = Owner(TreeRoot.of_reclaim(501, 3), forget=0.1)

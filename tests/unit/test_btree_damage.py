@@ -181,7 +181,6 @@ def everything(owner: Owner, key: int) -> list[Callable[[], object]]:
         change(lambda tree: tree.remove(key)),
         change(lambda tree: tree.replace(key, number(1))),
         change(lambda tree: tree.remove_range(key, key + 50_000)),
-        change(lambda tree: tree.detach()),
         lambda: all_faults(owner),
     ]
 

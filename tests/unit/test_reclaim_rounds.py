@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from contextlib import suppress
 from dataclasses import replace
 
@@ -11,6 +12,9 @@ import trio
 import trio.testing
 
 from csvfs import errors
+from csvfs.btree.tree import Tree, TreeRoot
+from csvfs.data.extents import extents
+from csvfs.engine.change import Change
 from csvfs.format import (
     BLOCKS_PER_UNIT,
     RECLAIM_VALUE,
@@ -23,6 +27,7 @@ from csvfs.host.answers import errno_of
 from csvfs.namespace.handle import Handle
 from csvfs.namespace.inode import SetAttributes
 from csvfs.namespace.rename import EXCHANGE
+from csvfs.ondisk.inode import InodeFlag
 from csvfs.volume import Volume
 from redirector.block.arbiter import Op
 from redirector.block.device import BlockError, IllegalRequest
@@ -68,6 +73,21 @@ async def fill(volume: Volume, handle: Handle) -> int:
             assert written in (len(CHUNK), UNIT)
             size += written
     return size
+
+
+async def placed(volume: Volume, ino: int) -> list[int]:
+    """Physical units of a file, in the order of the file."""
+    root = TreeRoot.of_file(ino)
+    found = await volume.engine.look(lambda reader: list(extents(reader, root)))
+    return [extent.physical + i for extent in found for i in range(extent.units)]
+
+
+async def reclaim_items(volume: Volume) -> list[int]:
+    """Addresses of what is on the reclaim list."""
+    address = volume.engine.scope.geometry.reclaim_root(SLOT)
+    tree = TreeRoot.of_reclaim(address, SLOT)
+    found = await volume.engine.look(lambda reader: list(Tree(reader, tree).items()))
+    return [key for key, _ in found]
 
 
 def state_of(volume: Volume, unit: int) -> UnitState:
@@ -158,6 +178,36 @@ async def test_what_is_full_inside_an_inode_hurries_no_reclaim(
             assert errno_of(error("")) == errno.ENOSPC
         assert volume.reclaimer.units_freed == freed
         assert volume.store.statistics().commits == commits
+
+
+async def test_a_contiguous_file_is_cut_and_freed_by_the_run() -> None:
+    """An image that was written once in order: 64 units make an extent, many of them one item."""
+    async with fresh_volume() as volume:
+        before = await volume.statfs()
+        handle = await create(volume, b"image")
+        state = handle.state
+        mapped = 0
+
+        def map_more(change: Change) -> int:
+            return len(change.map_units(change.inode(handle.ino), mapped, 1400 - mapped))
+
+        async with volume.engine.alone(handle.ino):
+            while mapped < 1400:
+                mapped += await volume.engine.change(map_more)
+        await volume.setattr(handle.ino, SetAttributes(size=1400 * UNIT))
+        places = await placed(volume, handle.ino)
+        breaks = sum(b != a + 1 for a, b in itertools.pairwise(places))
+        await volume.setattr(handle.ino, SetAttributes(size=0))
+        assert not state.fields().flags & InodeFlag.TRIMMING
+        assert state.fields().units == 0
+        assert len(await reclaim_items(volume)) <= 4 + 2 * breaks
+        await volume.reclaimer.drain()
+        assert volume.reclaimer.units_freed == 1400
+        await volume.unlink(ROOT, b"image")
+        await volume.release(handle)
+        await volume.forget(handle.ino, 1)
+        await volume.reclaimer.drain()
+        assert (await volume.statfs()).free_blocks == before.free_blocks
 
 
 async def test_a_full_volume_says_so_and_lets_go_of_what_it_has() -> None:
