@@ -83,6 +83,7 @@ def _sorted_kinds() -> list[tuple[type, Kind]]:
         (device.TargetRefused, Kind.LUN_REFUSED),
         (device.BlockError, Kind.LUN_LOST),
         (refusals.RefuseOther, Kind.OTHER_HOST),
+        (refusals.RefuseUnexplained, Kind.OTHER_HOST),
         (refusals.RefuseMountedHere, Kind.MOUNTED_TWICE),
         (refusals.RefuseCopy, Kind.LUN_COPY),
         (refusals.RefuseFeature, Kind.NEWER_FORMAT),

@@ -264,8 +264,11 @@ def _judge(seen: Observation, number: int, host: Host, has_daemon_lock: bool) ->
 
 
 def _is_host(block: SlotBlock, host: Host) -> bool:
+    """Whether it is of this host, under whatever name: a boot id is no other machine's. (Machine
+    ids alone are copied with disk images.)"""
     who = block.identity
-    return (who.machine_id, who.node_name) == (host.machine_id, host.node_name)
+    known = who.node_name == host.node_name or who.boot_id == host.boot_id
+    return who.machine_id == host.machine_id and known
 
 
 def _name(block: SlotBlock | None) -> str:

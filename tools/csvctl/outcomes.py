@@ -120,8 +120,8 @@ OUTCOMES: Final[dict[Kind, Outcome]] = {
     Kind.SUPERBLOCK_DESTROYED: Outcome(
         80,
         f"{_NOTHING_CHANGED} The images may be intact behind it.",
-        "Find out what wrote to the LUN before anything else does; restore from a backup of "
-        "the array, or ask for help with the output of `csvctl dump LUN superblock`.",
+        "Find out what wrote to the LUN before anything else does. Then `csvctl check LUN` says "
+        "whether they can be derived from the rest; `csvctl check --repair LUN` does it.",
     ),
     Kind.OTHER_HOST: Outcome(
         81,
