@@ -221,6 +221,8 @@ class BlockDevice(BlockIO):
     """One I_T nexus to a LUN. After `OutcomeUnknown` every method raises `OutcomeUnknown`."""
 
     port: InitiatorPort
+    portal: str = ""
+    """``address:port`` of the target that the nexus was made through; empty where there is none."""
 
     @property
     @abstractmethod

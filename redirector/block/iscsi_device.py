@@ -55,6 +55,7 @@ class IscsiDevice(BlockDevice):
     def __init__(self, url: str, port: InitiatorPort, nexus: Nexus) -> None:
         self.url = url
         self.port = port
+        self.portal = nexus.session.portal
         self.identity = LunIdentity(size_bytes=0, logical_block_bytes=512)
         self._nexus = nexus
         self._max_unmap_extents = _MAX_UNMAP_EXTENTS

@@ -119,6 +119,9 @@ class Session(Generic[T]):
     def text(self) -> str:
         """Why it was lost, in words."""
     @property
+    def portal(self) -> str:
+        """Where it logged in, after any redirection; "" after `close`."""
+    @property
     def silent_ms(self) -> int:
         """If it was lost because the target was silent, how long that was waited out; else 0."""
     @property

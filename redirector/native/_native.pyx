@@ -75,6 +75,7 @@ cdef extern from "session.h" nogil:
     void csv_session_abort(csv_session *session)
     bint csv_session_lost(const csv_session *session)
     const char *csv_session_text(const csv_session *session)
+    const char *csv_session_portal(const csv_session *session)
     uint32_t csv_session_silent_ms(const csv_session *session)
     void csv_session_statistics(csv_session *session, csv_statistics *statistics)
     void csv_session_close(csv_session *session)
@@ -310,6 +311,10 @@ cdef class Session:
         if self._session == NULL:
             return ""
         return csv_session_text(self._session).decode(errors="replace")
+
+    @property
+    def portal(self):
+        return "" if self._session == NULL else csv_session_portal(self._session).decode()
 
     @property
     def silent_ms(self):

@@ -169,6 +169,7 @@ void csv_login_redirect(struct csv_session *session)
         return;
     }
     csv_context_destroy(session);
+    portal[strcspn(portal, ",")] = '\0'; /* a portal group tag may follow */
     snprintf(session->portal, sizeof session->portal, "%s", portal);
     csv_login_start(session);
 }

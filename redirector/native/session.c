@@ -341,6 +341,11 @@ const char *csv_session_text(const struct csv_session *session)
     return csv_session_lost(session) ? session->text : "";
 }
 
+const char *csv_session_portal(const struct csv_session *session)
+{
+    return session->portal;
+}
+
 uint32_t csv_session_silent_ms(const struct csv_session *session)
 {
     return csv_session_lost(session) ? session->silent_ms : 0;

@@ -129,6 +129,9 @@ bool csv_session_lost(const struct csv_session *session);
 /* Why it is lost, in words; "" before. */
 const char *csv_session_text(const struct csv_session *session);
 
+/* Where it logged in, after any redirection: valid once `login` has come back. */
+const char *csv_session_portal(const struct csv_session *session);
+
 /* How long the silence was waited out for which it is lost, ms; 0 if it is lost for another reason, or
  * not. */
 uint32_t csv_session_silent_ms(const struct csv_session *session);

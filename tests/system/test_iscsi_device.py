@@ -47,6 +47,7 @@ async def test_identity(tgt: Tgt) -> None:
     lun = open_lun(tgt.url)
     async with await lun.login(A) as device:
         identity = device.identity
+        assert device.portal == tgt.portal
     assert lun.url == tgt.url
     assert (identity.vendor, identity.product) == ("IET", "VIRTUAL-DISK")
     assert identity.size_bytes == 64 << 20
