@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import select
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -227,3 +230,45 @@ def test_a_session_that_is_lost_otherwise_was_not_silent() -> None:
         reap(session)
         assert session.lost
         assert session.silent_ms == 0
+
+
+# -- the judge -------------------------------------------------------------------------------------
+JUDGE = """
+import select, sys
+from redirector.native._native import Session
+session = Session("login", portal=sys.argv[1], target=sys.argv[2],
+                  initiator="iqn.2026-11.test:judge", isid=0x800000000001, lun=1,
+                  ping_interval_ms=50, ping_timeout_ms=1000)
+assert select.select([session.fileno()], [], [], 10)[0]
+session.reap()
+sys.stdin.read()
+print(session.lost, session.text)
+"""
+
+
+def test_a_judge_that_was_asleep_does_not_condemn() -> None:
+    """It is stopped while its ping is on the way; the target is as late in answering."""
+    pings = 0
+    judges: list[subprocess.Popen[str]] = []
+
+    def answer(talk: Talk, request: Request) -> None:
+        nonlocal pings
+        pings += 1
+        if pings == 3:
+            judges[0].send_signal(signal.SIGSTOP)
+            time.sleep(2.5)
+            judges[0].send_signal(signal.SIGCONT)
+            time.sleep(0.2)
+        talk.nop_in(tag=request.tag)
+
+    with ScriptedTarget(answer, echo_pings=False) as target:
+        command = [sys.executable, "-c", JUDGE, target.portal, target.iqn]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as judge:
+            judges.append(judge)
+            end = time.monotonic() + 20
+            while pings < 6 and judge.poll() is None:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert judge.communicate(timeout=10)[0] == "False \n"
