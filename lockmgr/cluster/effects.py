@@ -118,7 +118,9 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Unregister:
-    """Unregister and log out every own path but the one with key ``keep`` (0: all): Good(None)."""
+    """Unregister and log out every own path but the one with key ``keep`` (0: all): Good(None) if
+    none of the others is registered any more, be it because somebody has preempted it. On whatever
+    sessions there still are."""
 
     op: int
     keep: int
@@ -169,12 +171,15 @@ class Beat:
 # -- effects: upwards --------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Departed:
-    """An incarnation that was listed in the view installed before, and is not any more."""
+    """An incarnation that was listed in the view installed before, and is not any more; with the
+    first view, every one whose journal is still to be replayed."""
 
     node: NodeId
     was_active: bool
+    needs_replay: bool
+    """False: it has left with an empty journal, or is replayed already."""
     replay_by: int = NOBODY
-    """The slot whose node replays its journal; `NOBODY`: that is done, or there is nothing."""
+    """The slot whose node replays its journal, as far as the view says."""
     cleared: bool = False
     """`DepartedMayBeGranted` holds for it already (and is not said again)."""
 

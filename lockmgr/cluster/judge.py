@@ -25,11 +25,40 @@ from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.view import NodeId
 
 
+class BlockWatch:
+    """When each heartbeat block changed, as far as looking at it now and then can tell."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[NodeId, int] = {}
+        self._changed_at: dict[NodeId, float] = {}
+
+    def take(self, blocks: Iterable[Heartbeat], now: float) -> list[Heartbeat]:
+        """All heartbeat blocks, as just read. Returns those seen to change: not those that are
+        seen for the first time, which shows that they were written once, not that a node lives.
+        """
+        changed = []
+        for block in blocks:
+            node = block.node
+            before = self._sequences.get(node)
+            if before == block.sequence:
+                continue
+            self._sequences[node] = block.sequence
+            self._changed_at[node] = now
+            if before is not None:
+                changed.append(block)
+        return changed
+
+    def changed_at(self, node: NodeId, now: float) -> float:
+        """No later change of that node's block was there at the last look."""
+        return self._changed_at.get(node, now)
+
+
 class Judge:
     """The observations of node ``me``."""
 
-    def __init__(self, me: NodeId, settings: Settings) -> None:
+    def __init__(self, me: NodeId, settings: Settings, watch: BlockWatch | None = None) -> None:
         self.me = me
+        self._watch = watch or BlockWatch()
         self._settings = settings
         self._fresh: dict[NodeId, float] = {me: 0.0}
         self._life: dict[NodeId, float] = {}
@@ -38,8 +67,6 @@ class Judge:
         self._direct: dict[NodeId, bool] = {}
         self._by_slot: dict[int, NodeId] = {me.slot: me}
         self._sequences: dict[NodeId, int] = {}
-        self._blocks: dict[NodeId, int] = {}
-        self._changed_at: dict[NodeId, float] = {}
         self._verdicts: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
         self._latest = 0.0
 
@@ -75,19 +102,13 @@ class Judge:
 
     def take_blocks(self, blocks: Iterable[Heartbeat], now: float) -> None:
         """All heartbeat blocks, as just read."""
-        for block in blocks:
+        for block in self._watch.take(blocks, now):
             node = block.node
-            if self._blocks.get(node) == block.sequence:
-                continue
-            known = node in self._blocks
-            self._blocks[node] = block.sequence
-            self._changed_at[node] = now
             if node == self.me or node not in self._fresh:
                 continue
-            # The first look at a block shows that it was written once, not that its node lives.
-            if known and block.sequence > self._sequences.get(node, -1):
+            if block.sequence > self._sequences.get(node, -1):
                 self._sign(block, now)
-            elif known:
+            else:
                 self._life[node] = now
 
     def _sign(self, beat: Heartbeat, now: float) -> None:
@@ -111,8 +132,8 @@ class Judge:
         return bits
 
     def changed_at(self, node: NodeId, now: float) -> float:
-        """No later change of that node's heartbeat block was there at the last look."""
-        return self._changed_at.get(node, now)
+        """See `BlockWatch.changed_at`."""
+        return self._watch.changed_at(node, now)
 
     def last_sign(self, node: NodeId) -> float:
         """When it last showed life, or became fresh."""
@@ -120,10 +141,14 @@ class Judge:
 
     def signed_since(self, node: NodeId, since: float) -> bool:
         """Whether it really showed life after that time."""
-        return self._life.get(node, -1.0) > since or self._changed_at.get(node, -1.0) > since
+        return self._life.get(node, float("-inf")) > since
 
     def is_alive(self, node: NodeId, now: float) -> bool:
         return node == self.me or now - self.last_sign(node) <= self._settings.evict_after_s
+
+    def knows(self, node: NodeId) -> bool:
+        """Whether it is one of those that are judged."""
+        return node in self._fresh
 
     def is_direct(self, node: NodeId) -> bool:
         """What it last said of its own path."""
@@ -133,8 +158,8 @@ class Judge:
         """Whether the two heard each other within the time that counts."""
         fresh = max(self._fresh.get(a, 0.0), self._fresh.get(b, 0.0))
         heard = min(
-            self._heard.get((a.slot, b.slot), 0.0),
-            self._heard.get((b.slot, a.slot), 0.0),
+            self._heard.get((a.slot, b.slot), float("-inf")),
+            self._heard.get((b.slot, a.slot), float("-inf")),
         )
         return now - max(fresh, heard) <= self._settings.evict_after_s
 

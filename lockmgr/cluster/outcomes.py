@@ -48,20 +48,26 @@ class Opened:
     survey: Surveyed
 
 
+class TakeAnswer:
+    """What READ RESERVATION showed after a PREEMPT or RESERVE."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class Won:
+class Won(TakeAnswer):
     """READ RESERVATION after the PREEMPT or RESERVE shows the own key."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(TakeAnswer):
     """Somebody else holds."""
 
     holder_key: int
 
 
 @dataclass(frozen=True, slots=True)
-class NobodyHolds:
+class NobodyHolds(TakeAnswer):
     """There is no reservation: a PREEMPT took nothing."""
 
 

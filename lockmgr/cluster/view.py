@@ -193,6 +193,13 @@ class View:
             view = replace(view, lock_epoch=view.epoch)
         return view
 
+    def with_replayers(self, assigned: dict[int, int]) -> View:
+        """The same view, with these slots to be replayed by those."""
+        slots = list(self.slots)
+        for number, by in assigned.items():
+            slots[number] = replace(slots[number], replay_by=by)
+        return replace(self, slots=tuple(slots))
+
     # -- invariants --------------------------------------------------------------------------
     def check(self) -> None:
         """Assert what holds within one view."""

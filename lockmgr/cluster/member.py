@@ -1,0 +1,393 @@
+"""One node's membership: a pure state machine from newcomer to the end.
+
+Theory. A step takes one event. Some change what this node believes (`state.NodeState`), some answer
+the I/O that a procedure waits for; then the procedure goes on, or the next one is chosen
+(`_plan`), and the effects are returned. One procedure runs at a time:
+
+    newcomer.join            until this node is listed
+    succession.open_paths    whenever it has no control session
+    succession.take_over     when the reservation should change hands, to this node
+    coordinator.serve        in office, when the view should change
+    leave.*                  when it wants to go
+
+Everything that another node must learn is said again with every tick until the view shows it, so
+no message needs an answer, and a lost connection loses nothing.
+
+invariants (`check`): those of `state.NodeState`; and
+- every I/O is answered once, and at most one answer is awaited by the procedure;
+- after `Stop` there are no effects.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from lockmgr.cluster.beating import Beating
+from lockmgr.cluster.blocks import Identity
+from lockmgr.cluster.coordinator import duties, is_serving, keep_books, may_renew, refuse, serve
+from lockmgr.cluster.effects import DropNewcomer, Effect, Stop, StopReason
+from lockmgr.cluster.errors import MembershipError, MembershipViolation
+from lockmgr.cluster.events import (
+    BeatHeard,
+    DeathProven,
+    Done,
+    Event,
+    EvictWanted,
+    LeaveWanted,
+    LocksThawed,
+    PathBack,
+    PathLost,
+    PeerConnected,
+    PeerLost,
+    Received,
+    Replayed,
+    Start,
+    Tick,
+)
+from lockmgr.cluster.install import install
+from lockmgr.cluster.leave import (
+    is_late,
+    leave_as_member,
+    name_successor,
+    others,
+    park,
+    stop_late,
+)
+from lockmgr.cluster.messages import (
+    Announce,
+    AskLease,
+    DeathReported,
+    EvictAsked,
+    JoinRefused,
+    LeaseGiven,
+    Leave,
+    Message,
+    Ready,
+    ReplayDone,
+    TakeOver,
+    YouHold,
+)
+from lockmgr.cluster.newcomer import join
+from lockmgr.cluster.outcomes import Good, Outcome
+from lockmgr.cluster.settings import Settings
+from lockmgr.cluster.state import NodeState, PathGone, Pause, Steps, Stopped
+from lockmgr.cluster.succession import is_due, open_paths, take_over
+from lockmgr.cluster.view import Keys, NodeId, SlotState, View
+
+
+class Member:
+    """The membership of one daemon on one volume, for one incarnation at most."""
+
+    def __init__(self, identity: Identity, settings: Settings, keys: Keys, rng: Random) -> None:
+        self.state = NodeState(identity, settings, keys, rng)
+        self._beating = Beating(self.state)
+        self._life: Steps[None] | None = None
+        self._awaits: int | Pause | None = None
+        self._stirred = False
+        self._outstanding: set[int] = set()
+        self._seen_ops = 0
+        self._tick_at: float | None = None
+        self._last_step: float | None = None
+        self.stopped: Stop | None = None
+
+    # -- what others may look at ---------------------------------------------------------------
+    @property
+    def node(self) -> NodeId | None:
+        """Slot and incarnation, once this node is listed."""
+        return self.state.me
+
+    @property
+    def view(self) -> View | None:
+        """The installed view."""
+        return self.state.view
+
+    @property
+    def is_coordinator(self) -> bool:
+        """In office, as far as this node knows; the target has the last word."""
+        return self.stopped is None and self.state.in_office
+
+    @property
+    def lease_until(self) -> float:
+        return self.state.lease.until
+
+    def next_timer(self) -> float | None:
+        """When the next `Tick` is due; None: before `Start`, and after `Stop`."""
+        return None if self.stopped is not None else self._tick_at
+
+    # -- stepping ------------------------------------------------------------------------------
+    def step(self, event: Event, now: float) -> list[Effect]:
+        """Carry out one event at ``now`` (CLOCK_BOOTTIME, seconds).
+
+        Raises `MembershipViolation` for what no correct shell does.
+        """
+        st = self.state
+        if self._last_step is not None and now < self._last_step:
+            raise MembershipViolation(f"the clock went back from {self._last_step} to {now}")
+        if self.stopped is not None:
+            self._last_step = now
+            return []
+        st.now = now
+        if self._last_step is not None and now - self._last_step >= st.settings.judge_gap_s:
+            self._slept()
+        self._last_step = now
+        try:
+            self._take(event)
+            self._go_on()
+        except Stopped as stopped:
+            self._stop(stopped.reason, stopped.words)
+        except PathGone as error:
+            raise AssertionError("a procedure let its path go") from error
+        except MembershipViolation:
+            raise
+        except MembershipError as error:
+            self._stop(StopReason.CANNOT_GO_ON, str(error))
+        effects, st.effects = st.effects, []
+        self._register(effects)
+        return effects
+
+    def _slept(self) -> None:
+        """Nothing that this node did not see is anybody's silence."""
+        st = self.state
+        st.slept_at = st.now
+        if st.judge is not None:
+            st.judge.restart(st.now)
+            st.best = st.judge.verdict(st.now, direct=bool(st.path_key))
+        st.admissions.forget()
+        st.named = None
+        st.suspected_since = float("inf")
+
+    def _register(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            op = getattr(effect, "op", None)
+            if isinstance(op, int):
+                self._outstanding.add(op)
+
+    def _stop(self, reason: StopReason, words: str) -> None:
+        self.stopped = Stop(reason, words)
+        self.state.emit(self.stopped)
+        self._life = None
+        self._awaits = None
+
+    # -- events --------------------------------------------------------------------------------
+    def _take(self, event: Event) -> None:
+        st = self.state
+        match event:
+            case Done(op, outcome):
+                self._done(op, outcome)
+            case BeatHeard(beat):
+                self._beating.heard(beat)
+                return
+            case Tick():
+                self._tick()
+            case Start():
+                if self._tick_at is not None:
+                    raise MembershipViolation("started twice")
+                self._tick_at = st.now + st.rng.random() * st.settings.heartbeat_s
+            case Received(peer, message):
+                self._received(peer, message)
+            case PathLost(keys):
+                st.lose_path()
+                st.lost_keys = tuple(dict.fromkeys((*st.lost_keys, *keys)))
+            case PathBack():
+                st.path_back = True
+            case PeerConnected(peer):
+                if is_serving(st):
+                    st.lagging.add(peer)
+                    keep_books(st)
+            case PeerLost():
+                pass
+            case DeathProven(node):
+                if node != st.me:
+                    st.dead.add(node)
+                self._tell_coordinator()
+            case EvictWanted(node, why):
+                st.asked[node] = why
+                self._tell_coordinator()
+            case Replayed(node):
+                if node == st.me:
+                    st.journal_ready = True
+                else:
+                    st.replayed_here.add(node)
+                self._tell_coordinator()
+            case LocksThawed(lock_epoch):
+                st.thawed = max(st.thawed, lock_epoch)
+            case LeaveWanted():
+                if st.leaving_since is None:
+                    st.leaving_since = st.now
+        self._stirred = True
+
+    def _done(self, op: int, outcome: Outcome) -> None:
+        if op not in self._outstanding:
+            raise MembershipViolation(f"an answer to {op}, which is not awaited")
+        self._outstanding.discard(op)
+        if self._beating.done(op, outcome):
+            return
+        if self._awaits == op:
+            self._resume(outcome)
+
+    def _tick(self) -> None:
+        st = self.state
+        assert self._tick_at is not None
+        if st.now < self._tick_at:
+            return
+        self._tick_at = st.now + st.settings.heartbeat_s
+        self._beating.tick()
+        if is_late(st):
+            raise stop_late()
+        self._suspect()
+        keep_books(st)
+        refuse(st)
+        name_successor(st)
+        self._tell_coordinator()
+
+    def _suspect(self) -> None:
+        st = self.state
+        inside = st.me in st.best
+        if st.path_key and inside and st.coordinator not in (None, st.me, *st.best):
+            st.suspected_since = min(st.suspected_since, st.now)
+        else:
+            st.suspected_since = float("inf")
+
+    def _received(self, peer: NodeId, message: Message) -> None:
+        st = self.state
+        if isinstance(message, JoinRefused):
+            if st.me is None:
+                raise Stopped(StopReason.REFUSED, message.words)
+            return
+        if st.me is None or st.judge is None:
+            return
+        match message:
+            case Announce(view, cleared):
+                if st.keys.owner(view.holder_key) == peer:
+                    install(st, view, cleared)
+            case AskLease(stamp):
+                if may_renew(st, peer):
+                    st.given.answered(peer, st.now)
+                    st.send(peer, LeaseGiven(stamp))
+            case LeaseGiven(stamp):
+                if stamp <= st.now and st.coordinator == peer:
+                    self._beating.renew(stamp)
+            case TakeOver():
+                st.named, st.named_at = message, st.now
+            case YouHold(key):
+                st.told_holding = st.keys.owner(key) == st.me
+            case Leave(clean):
+                st.leavers[peer] = clean and st.leavers.get(peer, True)
+                if is_serving(st) and st.view is not None and not st.view.lists(*peer):
+                    st.lagging.add(peer)
+            case Ready():
+                st.ready.add(peer)
+            case ReplayDone(node):
+                view_now = st.view
+                if view_now is not None and view_now.slots[node.slot].replay_by == peer.slot:
+                    st.replay_done.add(node)
+            case EvictAsked(node, why):
+                st.asked.setdefault(node, why)
+            case DeathReported(node):
+                if node != st.me:
+                    st.dead.add(node)
+
+    def _tell_coordinator(self) -> None:
+        """What the coordinator must know and the view does not show yet."""
+        st = self.state
+        view, coordinator = st.known, st.coordinator
+        if view is None or st.me is None:
+            return
+        ready = st.journal_ready and view.state_of(st.me) is SlotState.JOINING
+        replayed = [node for node in view.to_replay if node in st.replayed_here]
+        if coordinator == st.me:
+            if ready:
+                st.ready.add(st.me)
+            st.replay_done.update(replayed)
+            return
+        if coordinator is None:
+            return
+        if ready:
+            st.send(coordinator, Ready())
+        for node in replayed:
+            st.send(coordinator, ReplayDone(node))
+        for node in sorted(st.dead):
+            st.send(coordinator, DeathReported(node))
+        for node, why in sorted(st.asked.items()):
+            st.send(coordinator, EvictAsked(node, why))
+        if st.unregistered is not None:
+            st.send(coordinator, Leave(st.unregistered))
+
+    # -- procedures ----------------------------------------------------------------------------
+    def _go_on(self) -> None:
+        """Wake a procedure whose time has come; choose the next one when there is none."""
+        if self._tick_at is None:
+            return
+        due = isinstance(self._awaits, Pause) and self.state.now >= self._awaits.until
+        if not self._stirred and not due:
+            return
+        self._stirred = False
+        if isinstance(self._awaits, Pause):
+            self._resume(Good())
+        for _ in range(_PROCEDURES_A_STEP):
+            if self._life is not None:
+                return
+            self._life = self._plan()
+            if self._life is None:
+                return
+            self._resume(None)
+
+    def _resume(self, outcome: Outcome | None) -> None:
+        assert self._life is not None
+        self._awaits = None
+        try:
+            wanted = next(self._life) if outcome is None else self._life.send(outcome)
+        except StopIteration:
+            self._life = None
+            return
+        except PathGone:
+            self._life = None
+            if self.state.path_key or self.state.me is None:
+                self.state.lose_path()
+            return
+        if isinstance(wanted, Pause):
+            self._awaits = wanted
+        else:
+            self._awaits = wanted.op
+            self.state.emit(wanted)
+
+    def _plan(self) -> Steps[None] | None:
+        """The next procedure; None: nothing to do."""
+        st = self.state
+        leaving = st.leaving_since is not None
+        if st.me is None:
+            if leaving:
+                st.emit(DropNewcomer(st.op()))
+                raise Stopped(StopReason.LEFT, "the node has left before it had joined")
+            return join(st)
+        if st.unregistered is not None:
+            return None
+        if leaving and st.coordinator != st.me:
+            return leave_as_member(st)
+        if not st.path_key:
+            return open_paths(st)
+        if not st.may_write or not st.in_office:
+            return take_over(st) if is_due(st) else None
+        if not is_serving(st) or st.current is None:
+            return None
+        if leaving and not others(st, st.current):
+            return park(st)
+        changes = duties(st, st.current)
+        return serve(st, changes) if changes else None
+
+    # -- invariants ----------------------------------------------------------------------------
+    def check(self) -> None:
+        """Assert the invariants."""
+        if self.stopped is not None:
+            assert self._life is None
+            assert not self.state.effects
+            return
+        self.state.check()
+        assert (self._awaits is None) == (self._life is None)
+        if isinstance(self._awaits, int):
+            assert self._awaits in self._outstanding
+
+
+_PROCEDURES_A_STEP = 4
+"""A procedure that ends without I/O is followed by the next at once; more often than this in one
+step would be a loop, and the next tick goes on."""
