@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum
 
-from lockmgr.messages import Resource, ValueBlock
+from lockmgr.messages import HeldState, Resource, ValueBlock
 from lockmgr.modes import COMPATIBLE, COVERS, JOIN, Mode
 from lockmgr.snapshot import ClaimSnapshot, LockSnapshot
 
@@ -124,6 +124,7 @@ class NodeLock:
         "_counts",
         "all_modes",
         "asked",
+        "asked_at",
         "asked_for",
         "calm",
         "cancelled",
@@ -158,6 +159,7 @@ class NodeLock:
         self.value_changed = False
         # -- towards the master
         self.asked: Mode | None = None
+        self.asked_at = 0.0
         self.asked_for: Claim | None = None
         self.serial = 0
         self.grant = 0
@@ -318,6 +320,20 @@ class NodeLock:
             if obstacle is Obstacle.GATE or not self._passable(obstacle):
                 return None
         return None
+
+    # -- for a new master ------------------------------------------------------------------
+    def state(self, now: float) -> HeldState:
+        """What the node has and awaits of the resource."""
+        return HeldState(
+            self.resource,
+            self.held,
+            self.grant,
+            self.value,
+            self.asked,
+            self.serial,
+            self.asked_for is None or self.asked_for.queue,
+            0.0 if self.asked is None else max(0.0, now - self.asked_at),
+        )
 
     # -- for people ------------------------------------------------------------------------
     def snapshot(self, now: float) -> LockSnapshot:

@@ -3,6 +3,10 @@
 Messages between the two halves of one node are delivered within the step that sends them, in
 order; messages for other nodes leave as `Send`. With one member every resource is mastered here,
 and no step ever leaves anything on its way.
+
+Epochs: a message of an earlier one changes nothing (`EpochRefused`); one of a later one is kept
+until the view of that epoch is there. While a recovery is under way, what nodes ask this master is
+kept too (`lockmgr.recovery`).
 """
 
 from __future__ import annotations
@@ -10,20 +14,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from lockmgr.events import Deliver, Effect, EpochRefused, Event, Send
-from lockmgr.mastering import Choose, Mastering, rendezvous
-from lockmgr.messages import (
-    AnyMessage,
-    AskGlimpse,
-    Cancel,
-    Lower,
-    NodeBound,
-    Request,
+from lockmgr.events import (
+    Cleared,
+    Deliver,
+    Effect,
+    EpochRefused,
+    Event,
+    JournalsReplayed,
+    Send,
+    ViewChanged,
 )
+from lockmgr.mastering import Choose, Mastering, rendezvous
+from lockmgr.messages import AnyMessage, MasterBound, NodeBound, Recovering
 from lockmgr.node import NodeLocks
+from lockmgr.recovery import Recovery, Stage
 from lockmgr.resource import Master
 from lockmgr.settings import Settings
 from lockmgr.snapshot import Statistics
+
+_NOBODY: frozenset[int] = frozenset()
 
 
 class LockCore:
@@ -42,41 +51,89 @@ class LockCore:
         choose: Choose = rendezvous,
     ) -> None:
         self.node = node
-        self.epoch = epoch
-        self.mastering = Mastering((node,) if members is None else members, choose)
-        self.locks = NodeLocks(node, epoch, self.mastering.master_of, settings or Settings())
-        self.master = Master(epoch)
+        listed = (node,) if members is None else tuple(members)
+        nowhere = Mastering(listed, choose).master_of
+        self.locks = NodeLocks(node, epoch, nowhere, settings or Settings())
+        self.recovery = Recovery(node, epoch, listed, choose, self.locks)
+        self._early: list[AnyMessage] = []
+
+    @property
+    def epoch(self) -> int:
+        """The lock epoch that this node goes by."""
+        return self.recovery.epoch
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Who is in the view of that epoch."""
+        return self.recovery.members
+
+    @property
+    def master(self) -> Master:
+        """The resources that this node masters."""
+        return self.recovery.master
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """Carry out one event at ``now`` (seconds, any monotonic clock) and all it causes here.
 
         Raises `lockmgr.errors.ProtocolViolation` for what no correct caller or peer does.
         """
-        if isinstance(event, Deliver):
-            effects = self._deliver(event.message, now)
-        else:
-            effects = self.locks.step(event, now)
-        if not any(type(effect) is Send and effect.to == self.node for effect in effects):
+        match event:
+            case Deliver(message):
+                effects = self._deliver(message, now)
+            case ViewChanged():
+                effects = self._view_changed(event, now)
+            case Cleared(nodes):
+                effects = self.recovery.told(nodes, _NOBODY)
+            case JournalsReplayed(nodes):
+                effects = self.recovery.told(_NOBODY, nodes)
+            case _:
+                effects = self.locks.step(event, now)
+        if not any(type(effect) is Send for effect in effects):
             return effects
+        return self._delivered_here(effects, now)
+
+    def _delivered_here(self, effects: list[Effect], now: float) -> list[Effect]:
+        """Carry out what this node says to itself; drop what is for nobody."""
         out: list[Effect] = []
         pending = deque(effects)
         while pending:
             effect = pending.popleft()
-            if type(effect) is Send and effect.to == self.node:
+            if type(effect) is not Send:
+                out.append(effect)
+            elif self.recovery.stage is Stage.NO_VIEW or effect.to not in self.members:
+                continue  # the next view re-asserts it, or its addressee has departed
+            elif effect.to == self.node:
                 pending.extend(self._deliver(effect.message, now))
             else:
                 out.append(effect)
         return out
 
+    def _view_changed(self, view: ViewChanged, now: float) -> list[Effect]:
+        before = self.epoch
+        effects = self.recovery.view_changed(view, now)
+        if self.epoch == before:
+            return effects
+        early, self._early = self._early, []
+        for message in early:
+            effects += self._deliver(message, now)
+        return effects
+
     def _deliver(self, message: AnyMessage, now: float) -> list[Effect]:
         if message.epoch != self.epoch:
-            return [EpochRefused(message)]
-        if isinstance(message, Request | Cancel | Lower | AskGlimpse):
-            answers: list[NodeBound] = self.master.step(message)
-            return [Send(answer.node, answer) for answer in answers]
-        if not isinstance(message, NodeBound):
-            raise NotImplementedError(message)
-        return self.locks.receive(message, now)
+            if message.epoch < self.epoch:
+                return [EpochRefused(message)]
+            self._early.append(message)
+            return []
+        if isinstance(message, MasterBound):
+            if self.recovery.frozen:
+                self.recovery.keep(message)
+                return []
+            return [Send(answer.node, answer) for answer in self.master.step(message)]
+        if isinstance(message, NodeBound):
+            return self.locks.receive(message, now)
+        if isinstance(message, Recovering):
+            return self.recovery.receive(message)
+        raise NotImplementedError(message)
 
     def next_timer(self) -> float | None:
         """When the next `TimerDue` is due; None: not before another event."""
@@ -100,6 +157,8 @@ class LockCore:
         )
 
     def check(self) -> None:
-        """Assert the invariants of both halves."""
+        """Assert the invariants of both halves, and of the recovery between views."""
         self.locks.check()
-        self.master.check()
+        if not self.recovery.frozen:
+            self.master.check()
+        self.recovery.check()

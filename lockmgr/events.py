@@ -137,8 +137,8 @@ class ViewChanged:
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """Membership: these departed nodes may be granted over (`DepartedMayBeGranted`). Said on one
-    node it is enough; said on all, earlier."""
+    """Membership: these departed nodes may be granted over (`DepartedMayBeGranted`). Said on the
+    coordinator it is enough."""
 
     nodes: frozenset[int]
 

@@ -20,6 +20,9 @@ from lockmgr.messages import Resource
 CACHE_LIMIT: Final = 65_536
 INCARNATION_BITS: Final = 24
 
+NOBODY: Final = -1
+"""Masters everything as long as there are no members."""
+
 Choose = Callable[[bytes, Sequence[int]], int]
 """(placement, members) to the member that masters it."""
 
@@ -65,5 +68,6 @@ class Mastering:
         if master is None:
             if len(self._cache) >= CACHE_LIMIT:
                 self._cache.clear()
-            master = self._cache[placement] = self._choose(placement, self.members)
+            master = self._choose(placement, self.members) if self.members else NOBODY
+            self._cache[placement] = master
         return master

@@ -97,6 +97,9 @@ _YIELDED = tuple(
 WRITES_VALUE: tuple[bool, ...] = tuple(mode in (Mode.PW, Mode.EX) for mode in Mode)
 """``WRITES_VALUE[a]``: does lowering from ``a`` write the lock value block?"""
 
+WRITES: tuple[bool, ...] = tuple(not COMPATIBLE[mode][Mode.PR] for mode in Mode)
+"""``WRITES[a]``: may its holder change what the resource stands for?"""
+
 
 def compatible(a: Mode, b: Mode) -> bool:
     """May two different lockers hold ``a`` and ``b`` on one resource at the same time?"""

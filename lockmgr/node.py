@@ -47,6 +47,7 @@ from lockmgr.messages import (
     Blocking,
     GlimpseAnswer,
     Granted,
+    HeldState,
     NodeBound,
     Probe,
     Refused,
@@ -180,7 +181,9 @@ class NodeLocks(Progress):
             return False
         if claim is not self._head(lock):
             return False
-        return patience is Patience.NO_QUEUE or self._master_of(lock.resource) == self.node
+        if patience is Patience.NO_QUEUE:
+            return True
+        return not self.frozen and self._master_of(lock.resource) == self.node
 
     def _release(self, event: Release) -> None:
         claim = event.claim
@@ -221,6 +224,7 @@ class NodeLocks(Progress):
         self._advance(lock)
 
     def _glimpse(self, event: Glimpse) -> None:
+        self._glimpses[event.ticket] = event.resource
         self._send(AskGlimpse(event.resource, self.epoch, self.node, event.ticket))
 
     def _answered(self, event: Answered) -> None:
@@ -244,6 +248,38 @@ class NodeLocks(Progress):
         self._closing = True
         self._idle_limit = 0
 
+    # -- another view ----------------------------------------------------------------------
+    def enter(
+        self, epoch: int, master_of: Callable[[Resource], int], now: float
+    ) -> list[HeldState]:
+        """Go by the masters of another view; what is to be re-asserted to them. `resume` follows.
+
+        The new masters know nothing of what the old ones wanted of this node, nor of requests
+        that it has cancelled.
+        """
+        self._now = now
+        self.epoch = epoch
+        self._master_of = master_of
+        self.frozen = True
+        states: list[HeldState] = []
+        for lock in self.locks.values():
+            lock.wanted = Mode.NL
+            if lock.cancelled:
+                self._not_granted(lock)
+            if lock.held is not None or lock.asked is not None:
+                states.append(lock.state(now))
+        return states
+
+    def resume(self, now: float) -> list[Effect]:
+        """After the re-assertions: go on with every lock, claim and glimpse."""
+        self._now = now
+        for ticket, resource in self._glimpses.items():
+            self._send(AskGlimpse(resource, self.epoch, self.node, ticket))
+        for lock in list(self.locks.values()):
+            if lock not in self.idle:
+                self._advance(lock)
+        return self._finish()
+
     # -- messages --------------------------------------------------------------------------
     def _granted(self, message: Granted) -> None:
         lock = self._answered_lock(message)
@@ -259,11 +295,15 @@ class NodeLocks(Progress):
 
     def _refused(self, message: Refused) -> None:
         lock = self._answered_lock(message)
+        self._not_granted(lock)
+        self._advance(lock)
+
+    def _not_granted(self, lock: NodeLock) -> None:
         claim = lock.asked_for
-        lock.asked_for = None
+        lock.asked = lock.asked_for = None
+        lock.cancelled = False
         if claim is not None and not claim.queue:
             self._deny(lock, claim)
-        self._advance(lock)
 
     def _answered_lock(self, message: Granted | Refused) -> NodeLock:
         lock = self.locks.get(message.resource.name)
@@ -298,7 +338,9 @@ class NodeLocks(Progress):
         self._out.append(Send(asker, GlimpseAnswer(resource, self.epoch, asker, serial, answer)))
 
     def _glimpse_answer(self, message: GlimpseAnswer) -> None:
-        self._out.append(Glimpsed(message.serial, message.answer))
+        # After a change of the view the same question may be answered twice.
+        if self._glimpses.pop(message.serial, None) is not None:
+            self._out.append(Glimpsed(message.serial, message.answer))
 
     def set_value(self, claim: Claim, data: bytes | None) -> None:
         """Change the value block under a claim in PW or EX. Raises `ValueError` otherwise."""

@@ -37,6 +37,10 @@ class Progress:
         self.idle: dict[NodeLock, None] = {}
         self._idle_limit = settings.cache_limit
         self._master_of = master_of
+        self.frozen = False
+        """No master answers: a recovery is under way."""
+        self._glimpses: dict[int, Resource] = {}
+        """Glimpses without an answer, by ticket."""
         self._serial = 0
         self._shedding = 0
         self._closing = False
@@ -200,6 +204,7 @@ class Progress:
         lock.serial = self._serial
         lock.asked = lock.need(claim)
         lock.asked_for = claim
+        lock.asked_at = self._now
         self._send(
             Request(lock.resource, self.epoch, self.node, lock.serial, lock.asked, claim.queue)
         )

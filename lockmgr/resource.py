@@ -22,6 +22,10 @@ with it, once; a node that is granted something anew while it waits is told agai
 was told before concerned what it held before. A request refused for not queueing tells nobody.
 When a request is cancelled, those it told learn what is still wanted of them (`Unblocking`).
 
+Debts. ``owed`` names departed nodes, and the strongest mode in which each may have had the
+resource. While the journal of one that may have written is not replayed, nothing is granted but NL;
+while its lease may not be over, nothing incompatible with that mode (`lockmgr.debts`).
+
 Value block: handed out with each grant, taken when a node lowers from PW or EX and has changed it.
 It is forgotten, and so not valid, once nobody holds the resource.
 
@@ -38,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lockmgr.debts import Debts
 from lockmgr.errors import ProtocolViolation
 from lockmgr.messages import (
     AskGlimpse,
@@ -71,11 +76,23 @@ class Queued:
 class MasteredResource:
     """One resource at its master. `step` takes a message and returns those it causes, in order."""
 
-    __slots__ = ("_serials", "converting", "epoch", "granted", "resource", "value", "waiting")
+    __slots__ = (
+        "_debts",
+        "_serials",
+        "converting",
+        "epoch",
+        "granted",
+        "owed",
+        "resource",
+        "value",
+        "waiting",
+    )
 
-    def __init__(self, resource: Resource, epoch: int) -> None:
+    def __init__(self, resource: Resource, epoch: int, debts: Debts | None = None) -> None:
         self.resource = resource
         self.epoch = epoch
+        self._debts = debts
+        self.owed: dict[int, Mode] = {}
         self.granted: dict[int, Mode] = {}
         self._serials: dict[int, int] = {}
         """Which request of the node was granted last."""
@@ -89,13 +106,33 @@ class MasteredResource:
 
     @property
     def empty(self) -> bool:
-        """Nobody holds or awaits it: the master may forget it."""
-        return not self.granted and not self.waiting
+        """Nobody holds or awaits it, nothing is owed: the master may forget it."""
+        return not self.granted and not self.waiting and not self.owed
 
     def step(self, message: MasterBound) -> list[NodeBound]:
         """Carry out one message of a node. Raises `ProtocolViolation` for impossible ones."""
         out: list[NodeBound] = []
         _HANDLERS[type(message)](self, message, out)
+        return out
+
+    # -- recovery --------------------------------------------------------------------------
+    def restore(self, node: int, mode: Mode, serial: int) -> None:
+        """``node`` holds ``mode``, by its own word; ``serial`` is the last grant it has seen."""
+        self.granted[node] = mode
+        self._serials[node] = serial
+
+    def enqueue(self, node: int, serial: int, mode: Mode) -> None:
+        """``node`` has waited for ``mode`` before; called in the order of age, holders first."""
+        queue = self.converting if node in self.granted else self.waiting
+        queue.append(Queued(node, serial, mode))
+
+    def resume(self) -> list[NodeBound]:
+        """Grant and tell what became possible without a message: a thaw, or a debt is settled."""
+        if self._debts is not None:
+            self.owed = self._debts.unsettled(self.owed)
+        out: list[NodeBound] = []
+        self._serve(out)
+        self._tell(out)
         return out
 
     # -- messages --------------------------------------------------------------------------
@@ -136,7 +173,7 @@ class MasteredResource:
         if held is None or not fits:
             raise ProtocolViolation(f"node {message.node} holds {held}, cannot {message}")
         if message.value is not None:
-            if not WRITES_VALUE[held] or message.value.sequence <= self.value.sequence:
+            if not WRITES_VALUE[held] or message.value.sequence < self.value.sequence:
                 raise ProtocolViolation(f"value block {self.value} under {held}: {message}")
             self.value = message.value
         if crossed:
@@ -162,6 +199,8 @@ class MasteredResource:
     # -- granting --------------------------------------------------------------------------
     def _fits(self, queued: Queued) -> bool:
         compatible = COMPATIBLE[queued.mode]
+        if self.owed and self._debts is not None and not self._debts.let(queued.mode, self.owed):
+            return False
         return all(compatible[mode] for node, mode in self.granted.items() if node != queued.node)
 
     def _convertible(self, position: int) -> bool:
@@ -247,12 +286,13 @@ _HANDLERS: dict[type, Callable[..., None]] = {
 
 
 class Master:
-    """All resources that one node masters. Forgets those that nobody holds or awaits."""
+    """All resources that one node masters. Forgets those that nobody holds, awaits or owes."""
 
-    __slots__ = ("epoch", "resources")
+    __slots__ = ("debts", "epoch", "resources")
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, debts: Debts | None = None) -> None:
         self.epoch = epoch
+        self.debts = Debts() if debts is None else debts
         self.resources: dict[bytes, MasteredResource] = {}
 
     def step(self, message: MasterBound) -> list[NodeBound]:
@@ -260,11 +300,21 @@ class Master:
         name = message.resource.name
         mastered = self.resources.get(name)
         if mastered is None:
-            mastered = MasteredResource(message.resource, self.epoch)
+            mastered = MasteredResource(message.resource, self.epoch, self.debts)
+            mastered.owed = self.debts.of_unknown(message.resource)
             self.resources[name] = mastered
         out = mastered.step(message)
         if mastered.empty:
             del self.resources[name]
+        return out
+
+    def resume(self) -> list[NodeBound]:
+        """Look at every resource again, after a thaw or when debts were settled."""
+        out: list[NodeBound] = []
+        for name, mastered in list(self.resources.items()):
+            out += mastered.resume()
+            if mastered.empty:
+                del self.resources[name]
         return out
 
     def check(self) -> None:

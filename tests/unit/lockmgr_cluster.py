@@ -7,7 +7,7 @@ nodes hold incompatible locks", and what an owner relies on when it writes back 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from lockmgr.claim import Claim, ClaimState, Phase
 from lockmgr.core import LockCore
@@ -24,7 +24,6 @@ from lockmgr.events import (
     Drained,
     Effect,
     Emptied,
-    EpochRefused,
     Event,
     Glimpse,
     Glimpsed,
@@ -35,6 +34,7 @@ from lockmgr.events import (
     TimerDue,
     Withdraw,
 )
+from lockmgr.mastering import Choose
 from lockmgr.messages import AnyMessage, Resource
 from lockmgr.modes import COMPATIBLE, COVERS, WRITES_VALUE, Mode
 from lockmgr.resource import MasteredResource
@@ -53,6 +53,11 @@ class Forgetting(dict[bytes, MasteredResource]):
         self._values.pop(name, None)
 
 
+def by_first_byte(placement: bytes, members: Sequence[int]) -> int:
+    """The member that a placement's first byte names, or the one after it."""
+    return min(members, key=lambda node: ((node - (*placement, 0)[0]) % 256, node))
+
+
 class Cluster:
     """``nodes`` cores, resources mastered by the first byte of their placement."""
 
@@ -60,19 +65,15 @@ class Cluster:
         self,
         nodes: int,
         settings: Settings | None = None,
-        master_of: Callable[[Resource], int] = lambda resource: resource.placement[0],
+        choose: Choose = by_first_byte,
     ) -> None:
         self.now = 0.0
+        self.settings = settings or Settings()
+        self.choose = choose
         self.cores = [
-            LockCore(
-                node,
-                epoch=3,
-                settings=settings,
-                members=range(nodes),
-                choose=lambda placement, _members: master_of(Resource(b"x", placement)),
-            )
-            for node in range(nodes)
+            LockCore(node, 3, self.settings, range(nodes), choose) for node in range(nodes)
         ]
+        self.alive = set(range(nodes))
         self.channels: dict[tuple[int, int], deque[AnyMessage]] = defaultdict(deque)
         self.demoting: dict[tuple[int, Resource], Mode] = {}
         self.draining: set[tuple[int, Resource]] = set()
@@ -87,7 +88,6 @@ class Cluster:
         """What a holder of PR or more must see."""
         for core in self.cores:
             core.master.resources = Forgetting(self.values)
-        self._masters = master_of
         self._step = 0
         self._last_use: dict[tuple[int, Resource, Mode], int] = {}
         """The step at which a claim of that mode was last held."""
@@ -175,10 +175,15 @@ class Cluster:
 
     def sleep(self, duration_s: float) -> None:
         self.now += duration_s
-        for node, core in enumerate(self.cores):
+        for node, core in self.living:
             due = core.next_timer()
             if due is not None and due <= self.now:
                 self.step(node, TimerDue())
+
+    @property
+    def living(self) -> list[tuple[int, LockCore]]:
+        """Nodes that are not dead, with their cores."""
+        return [(node, self.cores[node]) for node in sorted(self.alive)]
 
     @property
     def busy_channels(self) -> list[tuple[int, int]]:
@@ -187,7 +192,7 @@ class Cluster:
     def settle(self) -> None:
         """Deliver everything, let every owner finish and every minimum hold end."""
         for _ in range(10_000):
-            timers = [due for core in self.cores if (due := core.next_timer()) is not None]
+            timers = [due for _, core in self.living if (due := core.next_timer()) is not None]
             deadlines = {claim.deadline for claim in self.waiting}
             if self.busy_channels:
                 self.deliver(*self.busy_channels[0])
@@ -238,11 +243,15 @@ class Cluster:
                 self.glimpsed[ticket] = answer
             case Send(to, message):
                 assert to != node
-                self.channels[node, to].append(message)
+                if to in self.alive:
+                    self.channels[node, to].append(message)
             case Emptied():
                 self.emptied.add(node)
-            case EpochRefused(message):
-                raise AssertionError(message)
+            case _:
+                self._carry_out_change(node, effect)
+
+    def _carry_out_change(self, node: int, effect: Effect) -> None:
+        raise AssertionError(f"{effect} on node {node}, though no view has changed")
 
     def _granted(self, claim: Claim) -> None:
         node = self.waiting.pop(claim)
@@ -260,7 +269,7 @@ class Cluster:
     def check(self) -> None:
         """Assert what must be true of the whole cluster at any moment."""
         modes: dict[Resource, dict[int, Mode]] = defaultdict(dict)
-        for node, core in enumerate(self.cores):
+        for node, core in self.living:
             core.check()
             for lock in core.locks.locks.values():
                 if lock.held is not None:
@@ -274,7 +283,7 @@ class Cluster:
         for claim in self.held:
             assert claim.state in (ClaimState.HELD, ClaimState.CONVERTING), claim
             if COVERS[claim.mode][Mode.PR] and claim.lock is not None:
-                assert claim.lock.value.data == self.values.get(claim.resource.name), claim
+                self._check_value(claim, claim.lock.value.data)
         for claim in self.waiting:
             assert claim.state in (ClaimState.WAITING, ClaimState.CONVERTING), claim
 
@@ -282,9 +291,18 @@ class Cluster:
         for node, mode in holders.items():
             for other, other_mode in holders.items():
                 assert node == other or COMPATIBLE[mode][other_mode], (resource, holders)
-        granted = self.cores[self._masters(resource)].master.resources[resource.name].granted
         for node, mode in holders.items():
-            assert COVERS[granted[node]][mode], "a node holds more than its master knows of"
+            recovery = self.cores[node].recovery
+            master = self.cores[recovery.mastering.master_of(resource)]
+            if master.node in self.alive and self._in_step(self.cores[node], master):
+                granted = master.master.resources[resource.name].granted
+                assert COVERS[granted[node]][mode], "a node holds more than its master knows of"
+
+    def _in_step(self, core: LockCore, master: LockCore) -> bool:
+        return core.epoch == master.epoch and not master.recovery.frozen
+
+    def _check_value(self, claim: Claim, seen: bytes | None) -> None:
+        assert seen == self.values.get(claim.resource.name), claim
 
     def _check_flushed(self, modes: dict[Resource, dict[int, Mode]]) -> None:
         """What a lowered mode had allowed was not used after the owner's last flush began."""
@@ -309,7 +327,7 @@ class Cluster:
                 break
         assert not self.held and not self.waiting and not self.demoting, (self.held, self.waiting)
         assert not self.busy_channels and len(self.glimpsed) == len(self.asked_glimpses)
-        for core in self.cores:
+        for _, core in self.living:
             assert all(lock in core.locks.idle for lock in core.locks.locks.values())
             assert not any(
                 WRITES_VALUE[lock.held] and COMPATIBLE[lock.held][lock.wanted] is False

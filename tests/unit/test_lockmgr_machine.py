@@ -23,7 +23,7 @@ class OneNodeAgainstNaive(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cluster = Cluster(1, Settings(cache_limit=0), master_of=lambda _resource: 0)
+        self.cluster = Cluster(1, Settings(cache_limit=0))
         self.resource = Resource(b"r", b"\0")
         self.naive = NaiveNode()
         self.claims: list[Claim] = []

@@ -21,9 +21,10 @@ from lockmgr.events import (
     Patience,
     Release,
     TimerDue,
+    ViewChanged,
     Withdraw,
 )
-from lockmgr.messages import Blocking, Granted, Request, Resource, ValueBlock
+from lockmgr.messages import Granted, Request, Resource, ValueBlock
 from lockmgr.modes import Mode
 from lockmgr.settings import Settings
 from lockmgr.timers import Timers
@@ -37,7 +38,7 @@ HOLD_S = 0.25
 
 def alone(cache_limit: int = 100, shed_at_once: int = 4) -> Cluster:
     settings = Settings(cache_limit, shed_at_once, min_hold_s=HOLD_S)
-    return Cluster(1, settings, master_of=lambda _resource: 0)
+    return Cluster(1, settings)
 
 
 @pytest.fixture
@@ -216,12 +217,14 @@ def test_impossible_calls_are_refused(node: Cluster) -> None:
         core.step(Deliver(Granted(HERE, 3, 0, 99, EX, ValueBlock())), 0.0)
 
 
-def test_another_epoch_is_refused(pair: Cluster) -> None:
+def test_an_earlier_epoch_is_refused_a_later_one_kept(pair: Cluster) -> None:
     request = Request(HERE, 2, 1, 1, EX, queue=True)
     assert pair.cores[0].step(Deliver(request), 0.0) == [EpochRefused(request)]
     assert not pair.cores[0].master.resources
-    blocking = Blocking(HERE, 4, 0, EX)
-    assert pair.cores[0].step(Deliver(blocking), 0.0) == [EpochRefused(blocking)]
+    early = Request(HERE, 4, 1, 1, EX, queue=True)
+    assert pair.cores[0].step(Deliver(early), 0.0) == []
+    pair.cores[0].step(ViewChanged(4, (0,), coordinator=0), 0.0)
+    assert 1 in pair.cores[0].master.resources[HERE.name].granted
 
 
 # -- the cache ------------------------------------------------------------------------------------

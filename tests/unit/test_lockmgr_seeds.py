@@ -38,7 +38,7 @@ class History:
         settings = Settings(
             cache_limit=rng.choice([0, 1, 5]), shed_at_once=1, min_hold_s=rng.choice([0.0, 0.2])
         )
-        self.cluster = Cluster(nodes, settings, lambda resource: resource.placement[0] % nodes)
+        self.cluster = Cluster(nodes, settings)
         self.trace = [f"seed {seed}: {nodes} nodes, {settings}"]
         self.versions = 0
 

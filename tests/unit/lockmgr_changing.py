@@ -1,0 +1,233 @@
+"""A cluster whose view changes: nodes die at any step, others learn of it in their own time.
+
+Beside what `tests.unit.lockmgr_cluster` asserts, after every step:
+- whatever a node gains in a view without a departed one, that one is not in its way: its journal
+  is replayed if it held a writing mode, and it is cleared if the modes are incompatible
+- a value block that is read is the last one written, or not valid; never an older one
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from lockmgr.claim import Claim
+from lockmgr.core import LockCore
+from lockmgr.events import (
+    Cleared,
+    Effect,
+    EpochRefused,
+    JournalsReplayed,
+    Thawed,
+    ViewChanged,
+)
+from lockmgr.mastering import Choose
+from lockmgr.messages import Resource
+from lockmgr.modes import COMPATIBLE, COVERS, WRITES, Mode
+from lockmgr.settings import Settings
+from tests.unit.lockmgr_cluster import Cluster, by_first_byte
+
+
+@dataclass
+class Dead:
+    """A node that died: what it held then, and in which epoch the others go on without it."""
+
+    node: int
+    held: dict[Resource, Mode]
+    gone_in: int | None = None
+    replayed: bool = False
+    cleared: bool = False
+
+
+@dataclass
+class Gains:
+    """What each node held when it was looked at last."""
+
+    held: dict[tuple[int, Resource], Mode] = field(default_factory=dict)
+
+
+class ChangingCluster(Cluster):
+    """Adds `kill`, `change_view`, `install`, `replay`, `clear` and `join`."""
+
+    def __init__(
+        self,
+        nodes: int,
+        settings: Settings | None = None,
+        choose: Choose = by_first_byte,
+    ) -> None:
+        super().__init__(nodes, settings, choose)
+        self.members = list(range(nodes))
+        """Of the newest view, wherever it is known so far."""
+        self.epoch = 3
+        self.coordinator = 0
+        self.dead: dict[int, Dead] = {}
+        self.views: dict[int, deque[ViewChanged]] = {node: deque() for node in range(nodes)}
+        """Views that a node has yet to learn of; it may skip all but the last."""
+        self.thawed: dict[int, int] = dict.fromkeys(range(nodes), 3)
+        self.refused = 0
+        self.changed = False
+        self._gains = Gains()
+
+    # -- what befalls the cluster ------------------------------------------------------------
+    def kill(self, node: int, keep: int = 0) -> None:
+        """``node`` is dead. Of what it had sent, ``keep`` messages of each channel arrive."""
+        self.alive.remove(node)
+        locks = self.cores[node].locks.locks.values()
+        held = {lock.resource: lock.held for lock in locks if lock.held is not None}
+        self.dead[node] = Dead(node, held)
+        self.changed = True
+        for (source, to), channel in self.channels.items():
+            if to == node:
+                channel.clear()
+            while source == node and len(channel) > keep:
+                channel.pop()
+        for claims in (self.held, self.waiting):
+            for claim in [claim for claim, where in claims.items() if where == node]:
+                del claims[claim]
+        for place in [place for place in self.demoting if place[0] == node]:
+            del self.demoting[place]
+            self.draining.discard(place)
+            self._closed.discard(place)
+        self.answering = [(where, answer) for where, answer in self.answering if where != node]
+        for ticket, asker in list(self.asked_glimpses.items()):
+            if asker == node:
+                self.glimpsed.setdefault(ticket, None)
+        for used in [used for used in self._last_use if used[0] == node]:
+            del self._last_use[used]
+        self.views[node].clear()
+
+    def change_view(self, joining: int | None = None) -> ViewChanged:
+        """Membership agrees on a view of those alive; everybody has yet to learn of it."""
+        self.members = sorted(self.alive) if joining is None else sorted({*self.alive, joining})
+        self.epoch += 1
+        self.coordinator = min(self.alive)
+        self.changed = True
+        for dead in self.dead.values():
+            if dead.gone_in is None:
+                dead.gone_in = self.epoch
+        view = ViewChanged(self.epoch, tuple(self.members), self.coordinator, self.unreplayed)
+        for node in self.members:
+            self.views[node].append(view)
+        return view
+
+    @property
+    def unreplayed(self) -> frozenset[int]:
+        """Departed nodes that the view lists as to be replayed."""
+        return frozenset(
+            dead.node
+            for dead in self.dead.values()
+            if dead.gone_in is not None and not (dead.replayed and dead.cleared)
+        )
+
+    def install(self, node: int, skip: bool = False) -> None:
+        """``node`` learns of the next view, or of the newest at once."""
+        view = self.views[node].pop() if skip else self.views[node].popleft()
+        if skip:
+            self.views[node].clear()
+        self.step(node, view)
+
+    def replay(self, node: int) -> None:
+        """The journal of the departed ``node`` is replayed; the coordinator is told."""
+        self.dead[node].replayed = True
+        self.step(self.coordinator, JournalsReplayed(frozenset({node})))
+
+    def clear(self, node: int) -> None:
+        """The lease of the departed ``node`` is over; the coordinator is told."""
+        self.dead[node].cleared = True
+        self.step(self.coordinator, Cleared(frozenset({node})))
+
+    def retell(self) -> None:
+        """A coordinator that was not told tells everybody by its next view of the same members."""
+        for node in sorted(self.alive):
+            core = self.cores[node]
+            if core.epoch == self.epoch:
+                self.step(
+                    node,
+                    ViewChanged(self.epoch, core.members, self.coordinator, self.unreplayed),
+                )
+
+    @property
+    def may_join(self) -> bool:
+        """Newcomers wait for the thaw, and until every departed journal is replayed."""
+        coordinator = self.cores[self.coordinator]
+        all_thawed = (
+            coordinator.epoch == self.epoch
+            and not coordinator.recovery.frozen
+            and self.alive == set(self.members)
+        )
+        return all_thawed and not self.unreplayed
+
+    def join(self) -> int:
+        """A newcomer is in the next view."""
+        node = len(self.cores)
+        self.cores.append(LockCore(node, 0, self.settings, (), self.choose))
+        self.alive.add(node)
+        self.views[node] = deque()
+        self.thawed[node] = 0
+        self.changed = True
+        self.change_view()
+        return node
+
+    def recover(self) -> None:
+        """Everybody learns of the newest view, and of whatever is settled; all comes to rest."""
+        for node in sorted(self.alive):
+            if self.views[node]:
+                self.install(node, skip=True)
+        self.settle()
+
+    def recover_all(self) -> None:
+        """No more failures: agree, replay, clear; the locks must thaw."""
+        if set(self.members) != self.alive:
+            self.change_view()
+        self.recover()
+        for dead in list(self.dead.values()):
+            if not dead.replayed:
+                self.replay(dead.node)
+            if not dead.cleared:
+                self.clear(dead.node)
+        self.retell()
+        self.settle()
+        assert all(self.thawed[node] == self.epoch for node in self.alive), self.thawed
+        for _, core in self.living:
+            assert not core.recovery.debts.owing and not core.recovery.debts.losses
+
+    # -- what must be true -------------------------------------------------------------------
+    def _carry_out_change(self, node: int, effect: Effect) -> None:
+        match effect:
+            case EpochRefused():
+                self.refused += 1
+            case Thawed(epoch):
+                assert self.thawed[node] < epoch
+                self.thawed[node] = epoch
+            case _:
+                raise AssertionError(effect)
+
+    def _after(self, node: int) -> None:
+        super()._after(node)
+        core = self.cores[node]
+        before = self._gains.held
+        now = {
+            (node, lock.resource): lock.held
+            for lock in core.locks.locks.values()
+            if lock.held is not None
+        }
+        for (_, resource), mode in now.items():
+            had = before.get((node, resource), Mode.NL)
+            if not COVERS[had][mode]:
+                self._check_gain(core, resource, mode)
+        for place in [place for place in before if place[0] == node]:
+            del before[place]
+        before.update(now)
+
+    def _check_gain(self, core: LockCore, resource: Resource, mode: Mode) -> None:
+        for dead in self.dead.values():
+            if dead.gone_in is None or dead.gone_in > core.epoch:
+                continue
+            had = dead.held.get(resource, Mode.NL)
+            words = f"node {core.node} gains {mode} of {resource.name!r}, {dead} had {had}"
+            assert dead.replayed or not WRITES[had], words
+            assert dead.cleared or COMPATIBLE[had][mode], words
+
+    def _check_value(self, claim: Claim, seen: bytes | None) -> None:
+        if not (self.changed and seen is None):
+            super()._check_value(claim, seen)
