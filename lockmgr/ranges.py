@@ -227,7 +227,10 @@ class RangeLocks:
             holdings = self.held[request.owner] = Holdings()
         elif len(holdings.spans) >= self.ranges_per_owner:
             return Outcome.NO_LOCKS
-        holdings.raise_to(request.start_bytes, request.end_bytes, request.access)
+        if request.owner.kind is Kind.FLOCK:
+            holdings.assign(request.start_bytes, request.end_bytes, request.access)
+        else:
+            holdings.raise_to(request.start_bytes, request.end_bytes, request.access)
         return Outcome.DONE
 
     def leave_flock(self, request: RangeLock) -> bool:

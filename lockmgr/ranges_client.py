@@ -28,6 +28,7 @@ from lockmgr.messages import Resource
 from lockmgr.ranges import Holdings
 from lockmgr.ranges_events import (
     CancelRange,
+    FindConflict,
     ForgetFile,
     OwnerDied,
     RangeDone,
@@ -36,7 +37,6 @@ from lockmgr.ranges_events import (
     RangeFound,
     RangeSend,
     SetRange,
-    TestRange,
 )
 from lockmgr.ranges_messages import (
     END,
@@ -50,6 +50,7 @@ from lockmgr.ranges_messages import (
     RangeForget,
     RangeHold,
     RangeLock,
+    RangeLost,
     RangeLower,
     RangeMessage,
     RangeNodeBound,
@@ -92,7 +93,7 @@ class RangeClient:
         self._now = now
         if isinstance(event, SetRange):
             self._set(event)
-        elif isinstance(event, TestRange):
+        elif isinstance(event, FindConflict):
             _check_range(event.owner, event.start_bytes, event.end_bytes)
             if event.access is Access.NONE:
                 raise ValueError("F_GETLK asks about a read or a write lock")
@@ -223,6 +224,9 @@ class RangeClient:
     def receive(self, message: RangeNodeBound, now: float) -> list[RangeEffect]:
         """Carry out an answer of this epoch. Raises `ProtocolViolation` if nobody asked."""
         self._now = now
+        if isinstance(message, RangeLost):
+            self._lost(message)
+            return self._finish()
         pending = self.pending.pop(message.serial, None)
         if pending is None or isinstance(message, RangeTested) != isinstance(
             pending.message, RangeTest
@@ -235,17 +239,21 @@ class RangeClient:
             self._out.append(RangeFound(pending.ticket, message.conflict))
         return self._finish()
 
+    def _lost(self, message: RangeLost) -> None:
+        held = self.held.get(message.resource, {}).get(message.owner)
+        if held is None:
+            raise ProtocolViolation(f"there is nothing to be lost: {message}")
+        held.spans.clear()
+        self._drop_empty(message.resource, message.owner)
+
     def _answered(self, pending: Pending, outcome: Outcome) -> None:
         message = pending.message
         owners = self.held.setdefault(message.resource, {})
         holdings = owners.setdefault(message.owner, Holdings())
-        if isinstance(message, RangeLock):
-            if _converts(message, holdings):
-                holdings.spans.clear()
-            if outcome is Outcome.DONE:
-                holdings.raise_to(message.start_bytes, message.end_bytes, message.access)
-        elif outcome is Outcome.DONE:
+        if outcome is Outcome.DONE:
             _give_up(message, holdings)
+            if isinstance(message, RangeLock):
+                holdings.raise_to(message.start_bytes, message.end_bytes, message.access)
         step_two = (
             isinstance(message, RangeLock)
             and outcome is Outcome.DONE

@@ -13,7 +13,7 @@ from lockmgr.messages import Resource
 from lockmgr.ranges_client import RangeClient
 from lockmgr.ranges_events import RangeEffect, RangeEpochRefused, RangeEvent, RangeSend
 from lockmgr.ranges_master import RANGES_PER_OWNER, RangeMaster
-from lockmgr.ranges_messages import RangeAnswer, RangeMessage, RangeNodeBound, RangeTested
+from lockmgr.ranges_messages import RangeMessage, RangeNodeBound
 
 
 class RangeCore:
@@ -79,7 +79,7 @@ class RangeCore:
     def _receive(self, message: RangeMessage, now: float) -> list[RangeEffect]:
         if message.epoch != self.epoch:
             return [RangeEpochRefused(message)]
-        if isinstance(message, RangeAnswer | RangeTested):
+        if isinstance(message, RangeNodeBound):
             return self.client.receive(message, now)
         return _to_nodes(self.master.step(message, now))
 

@@ -2,7 +2,7 @@
 
 event                       followed by
 SetRange, ForgetFile        RangeDone with its ticket, once
-TestRange                   RangeFound with its ticket; RangeDone with CANCELLED if cancelled
+FindConflict                   RangeFound with its ticket; RangeDone with CANCELLED if cancelled
 CancelRange, OwnerDied      nothing of their own
 """
 
@@ -29,7 +29,7 @@ class SetRange:
 
 
 @dataclass(frozen=True, slots=True)
-class TestRange:
+class FindConflict:
     """fcntl F_GETLK."""
 
     ticket: int
@@ -69,7 +69,7 @@ class CancelRange:
     ticket: int
 
 
-RangeEvent = SetRange | TestRange | ForgetFile | OwnerDied | CancelRange
+RangeEvent = SetRange | FindConflict | ForgetFile | OwnerDied | CancelRange
 
 
 # -- effects -----------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class RangeDone:
 
 @dataclass(frozen=True, slots=True)
 class RangeFound:
-    """The answer to TestRange. A conflict of another node has that node's pid: report it so."""
+    """The answer to FindConflict. A conflict of another node has that node's pid: report it so."""
 
     ticket: int
     conflict: RangeHold | None

@@ -34,6 +34,7 @@ from lockmgr.ranges_messages import (
     RangeForget,
     RangeHold,
     RangeLock,
+    RangeLost,
     RangeLower,
     RangeMasterBound,
     RangeNodeBound,
@@ -117,8 +118,10 @@ class RangeMaster:
 
     def _lock(self, file: RangeLocks, message: RangeLock) -> None:
         left = file.leave_flock(message)
-        if left and message.wait:
-            self._serve(file)
+        if left:
+            self._out.append(RangeLost(message.resource, self.epoch, message.node, message.owner))
+            if message.wait:
+                self._serve(file)
         held_back = message.wait and any(True for _ in file.ahead_of(Waiting(message, self._now)))
         outcome = Outcome.WOULD_BLOCK if held_back else file.attempt(message)
         if outcome is Outcome.WOULD_BLOCK and message.wait:
@@ -149,7 +152,7 @@ class RangeMaster:
                 message.serial,
             ):
                 self._keep_later(name, [other for other in self.later[name] if other is not late])
-                self._cancel_later(late)
+                self._answer(late, Outcome.CANCELLED)
                 return
         self._give_up(message.resource, message.node, message.serial, Outcome.CANCELLED)
 
@@ -172,15 +175,6 @@ class RangeMaster:
         self._keep_later(name, rest)
         for request in late:
             self._answer(request, Outcome.CANCELLED)
-
-    def _cancel_later(self, late: RangeLock) -> None:
-        """One nobody has looked at yet; a flock conversion has lost the old lock all the same."""
-        file = self.files.get(late.resource.name)
-        if file is not None and file.leave_flock(late):
-            self._serve(file)
-            if file.empty:
-                del self.files[late.resource.name]
-        self._answer(late, Outcome.CANCELLED)
 
     def _give_up(self, resource: Resource, node: int, serial: int, outcome: Outcome) -> bool:
         file = self.files.get(resource.name)
@@ -220,13 +214,10 @@ class RangeMaster:
         return out
 
     def _resolve_deadlocks(self, owner: Owner) -> None:
-        """An owner that has been granted something waits elsewhere: the newest wait goes first."""
-        if owner.kind is not Kind.POSIX:
-            return
-        for file, waiting in reversed(self._graph.of(owner)):
-            if waiting in file.waiting and self._graph.deadlock(file, waiting.message):
-                self._end_wait(file, waiting, Outcome.DEADLOCK)
-                self._serve(file)
+        while (victim := self._graph.victim(owner)) is not None:
+            file, waiting = victim
+            self._end_wait(file, waiting, Outcome.DEADLOCK)
+            self._serve(file)
 
     def _end_patience(self) -> None:
         held_back = self._graph.held_back_in_circle()

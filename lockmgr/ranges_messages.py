@@ -4,13 +4,13 @@ As in `lockmgr.messages`: every message names its resource (the file), its epoch
 channels between two nodes are FIFO and lose nothing within an epoch.
 
     node to master      RangeLock, RangeLower, RangeForget, RangeTest, RangeCancel, RangeReassert
-    master to node      RangeAnswer, RangeTested
+    master to node      RangeAnswer, RangeTested, RangeLost
 
 invariants:
 - each RangeLock, RangeLower and RangeForget is answered by exactly one RangeAnswer with its serial,
   each RangeTest by exactly one RangeTested; a RangeCancel has no answer of its own
-- a node changes what it believes to hold only on an answer, so that its belief is what the master
-  had when it sent that answer
+- a node changes what it believes to hold only when it hears from the master, so that its belief is
+  what the master had when it said so
 - only a RangeLock can fail or wait, and it takes nothing away (flock apart); only RangeLower and
   RangeForget take away, and they never fail or wait. So after a recovery an owner claims all that
   it was granted except what it has asked to give up, and no two claims conflict
@@ -177,5 +177,15 @@ class RangeTested(Message):
 
 
 RangeMasterBound = RangeLock | RangeLower | RangeForget | RangeTest | RangeCancel | RangeReassert
-RangeNodeBound = RangeAnswer | RangeTested
+
+
+@dataclass(frozen=True, slots=True)
+class RangeLost(Message):
+    """flock: the owner asked for another access and has lost what it had; the answer to what it
+    asked for follows, at once or after a wait."""
+
+    owner: Owner
+
+
+RangeNodeBound = RangeAnswer | RangeTested | RangeLost
 RangeMessage = RangeMasterBound | RangeNodeBound

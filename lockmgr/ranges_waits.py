@@ -2,8 +2,9 @@
 
 Theory. A request that waits does so for the *owners* of what stands in its way. Linux answers
 EDEADLK to a POSIX request whose wait would close a circle of owners (fs/locks.c,
-`posix_locks_deadlock`), whatever files they are in; OFD and flock requests wait, as they do there,
-since a process may have many such owners.
+`posix_locks_deadlock`), whatever files they are in; so does this. OFD and flock requests are never
+refused, as there, since a process may have many such owners; but a circle that they, or a grant,
+close around a POSIX request ends too: its newest POSIX request is refused.
 
 Fairness adds edges: from a request to those before it that it would exclude. A circle that has
 such an edge is none in Linux, so the request that is held back loses its patience instead. There
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from lockmgr.ranges import RangeLocks, Waiting
-from lockmgr.ranges_messages import Owner, RangeLock
+from lockmgr.ranges_messages import Kind, Owner, RangeLock
 
 Process = Owner | tuple[int, int]
 """(node, pid), or an owner whose process is not known."""
@@ -41,32 +42,33 @@ def process_of(owner: Owner) -> Process:
 class WaitGraph:
     """All that waits in the files of one master, by owner and by process."""
 
-    __slots__ = ("_by_owner", "_by_process")
+    __slots__ = ("_all", "_by_owner", "_by_process")
 
     def __init__(self) -> None:
+        self._all: dict[Waiting, RangeLocks] = {}
+        """The oldest first."""
         self._by_owner: dict[Owner, list[FileWait]] = {}
         self._by_process: dict[Process, list[FileWait]] = {}
 
     def add(self, file: RangeLocks, waiting: Waiting) -> None:
         """It waits in ``file``."""
+        self._all[waiting] = file
         owner = waiting.message.owner
         self._by_owner.setdefault(owner, []).append((file, waiting))
         self._by_process.setdefault(process_of(owner), []).append((file, waiting))
 
     def remove(self, file: RangeLocks, waiting: Waiting) -> None:
         """It waits no more."""
+        del self._all[waiting]
         owner = waiting.message.owner
         _take_out(self._by_owner, owner, (file, waiting))
         _take_out(self._by_process, process_of(owner), (file, waiting))
 
     def clear(self) -> None:
         """Nobody waits."""
+        self._all.clear()
         self._by_owner.clear()
         self._by_process.clear()
-
-    def of(self, owner: Owner) -> tuple[FileWait, ...]:
-        """What ``owner`` waits for, the oldest first."""
-        return tuple(self._by_owner.get(owner, ()))
 
     def deadlock(self, file: RangeLocks, message: RangeLock) -> bool:
         """Does, or would, the wait of ``message`` close a circle of owners and holders?"""
@@ -82,6 +84,16 @@ class WaitGraph:
                     reached.extend(hold.owner for hold in other_file.obstacles(waiting.message))
         return False
 
+    def victim(self, owner: Owner) -> FileWait | None:
+        """The request to be refused if ``owner`` waits in a circle of owners and holders."""
+        if not any(self.deadlock(file, w.message) for file, w in self._by_owner.get(owner, ())):
+            return None
+        for waiting, file in reversed(self._all.items()):
+            posix = waiting.message.owner.kind is Kind.POSIX
+            if posix and self.deadlock(file, waiting.message):
+                return file, waiting
+        return None
+
     def in_circle(self, owner: Owner) -> bool:
         """Does the process of ``owner`` wait for itself, by way of holders and of fairness?"""
         process = process_of(owner)
@@ -94,8 +106,7 @@ class WaitGraph:
         """Requests that fairness holds back behind those that depend on them."""
         return [
             (file, waiting)
-            for waits in self._by_owner.values()
-            for file, waiting in waits
+            for waiting, file in self._all.items()
             if waiting.patient
             and self._reaches(
                 (process_of(ahead.message.owner) for ahead in file.ahead_of(waiting)),
