@@ -240,8 +240,8 @@ class _Claimer:
             await fence_predecessors(self.lun, newcomer, without_view=derive)
             seen, seat = await self._choose_seat(newcomer)
             data, control = await self._write_slot_block(newcomer, seat)
-            print_ = fingerprint_of(self.host.certificate)
-            view = joining_view(seen.view, seat, self.host, print_, newcomer.key, self.now_ns())
+            digest = fingerprint_of(self.host.certificate)
+            view = joining_view(seen.view, seat, self.host, digest, newcomer.key, self.now_ns())
             await write_view(newcomer.registration, view, newcomer.superblock.volume_id)
             return await self._move_in(newcomer, view, seat, data, control)
 
