@@ -18,7 +18,9 @@ thawed that nobody can ask any more:
 - a master keeps what it mastered when it last thawed, and what it has rebuilt since (`_kept`),
   until it thaws anew: each of these may have been the last that granted
 - each node keeps the members of its last thawed view and of all since (`_views`). Whatever may
-  have been mastered by somebody who is gone, in one of these views of *any* survivor, is orphaned
+  have been mastered by somebody who is gone, in one of these views of *any* survivor, is orphaned.
+  A newcomer does not know the views before its first, and says so (`NO_MEMBERS`, where nobody
+  mastered everything); if all survivors are such, everything is orphaned
 
 invariants (`check`):
 - no master grants between its freeze and its thaw
@@ -33,7 +35,7 @@ from typing import Final
 
 from lockmgr.debts import Debts
 from lockmgr.events import Effect, Send, Thawed, ViewChanged
-from lockmgr.mastering import Choose, Mastering
+from lockmgr.mastering import NOBODY, Choose, Mastering
 from lockmgr.messages import (
     AnyMessage,
     HeldState,
@@ -52,6 +54,7 @@ from lockmgr.node import NodeLocks
 from lockmgr.rebuild import Said, rebuild
 from lockmgr.resource import Master, MasteredResource
 
+NO_MEMBERS: Final = ()
 STATES_PER_MESSAGE: Final = 256
 
 
@@ -83,7 +86,7 @@ class Recovery:
         self.mastering = Mastering(members, choose)
         self.stage = Stage.THAWED if node in members else Stage.NO_VIEW
         self._choose = choose
-        self._views: list[tuple[int, ...]] = [members] if members else []
+        self._views: list[tuple[int, ...]] = [members]
         self._kept: list[dict[bytes, MasteredResource]] = []
         self._said: dict[bytes, Said] = {}
         self._heard: list[Reassert] = []
@@ -223,10 +226,9 @@ class Recovery:
 
     # -- 4 barrier -------------------------------------------------------------------------
     def _rebuild(self) -> None:
-        views = {view for last in self._heard for view in last.views}
         broken: list[tuple[Mastering, frozenset[int]]] = []
-        for view in sorted(views):
-            if gone := frozenset(view).difference(self.members):
+        for view in self._views_that_granted():
+            if gone := frozenset(view or (NOBODY,)).difference(self.members):
                 broken.append((Mastering(view, self._choose), gone))
                 self.debts.lose(Loss(view, gone, self.debts.owing))
         for last in self._heard:
@@ -243,6 +245,13 @@ class Recovery:
         self._said.clear()
         self.stage = Stage.BARRIER
         self._tell_coordinator()
+
+    def _views_that_granted(self) -> list[tuple[int, ...]]:
+        """Those that may have been thawed last. Whoever has thawed once knows of each since."""
+        views = {view for last in self._heard for view in last.views}
+        if any(NO_MEMBERS not in last.views for last in self._heard):
+            views.discard(NO_MEMBERS)
+        return sorted(views)
 
     def _tell_coordinator(self) -> None:
         if self.stage in (Stage.BARRIER, Stage.THAWED):
