@@ -338,6 +338,7 @@ def memory_mount(*, trouble: bool = False) -> Iterator[tuple[Path, Path]]:
                 lambda: process.poll() is not None or mountpoint.find(str(directory)) is not None,
                 "the memory volume's mount",
             )
+            os.stat(directory)  # answered once it is served, and so prepared
             yield directory, log
             mountpoint.unmount(str(directory))
             assert process.wait(10) == 0, log.read_text()
