@@ -185,6 +185,8 @@ class Network:
 
     def leave(self, endpoint: Endpoint) -> None:
         """The process is dead. Peers that can be reached hear its kernel reset the connections."""
+        if endpoint not in self.endpoints:
+            return
         self.endpoints.remove(endpoint)
         for connection in list(self.connections.values()):
             if endpoint in connection.ends:

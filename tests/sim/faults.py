@@ -1,0 +1,445 @@
+"""What goes wrong in a seed: which faults, when, on whom, for how long.
+
+Each fault is a function that does something to the cluster and says when it is over; `Plan` picks
+them from the seed's dice, injects them, heals them, and counts which pairs have met. Half of the
+faults that end or stop a host do not strike at a time but at a *step*: an `Ambush` waits until some
+daemon does a certain thing (writes a view, sends `Reasserted`), and strikes just before or after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lockmgr.cluster import events
+from tests.sim.cluster import Cluster, Machine
+
+if TYPE_CHECKING:
+    from tests.sim.daemon import Daemon
+
+FIRST_AT_S = 9.0
+LAST_AT_S = 38.0
+MEET_WITHIN_S = 8.0
+"""Faults that begin so soon after each other have met, even if the first is over."""
+
+Heal = Callable[[], None]
+
+STEPS = (
+    "WriteView",
+    "Fence",
+    "Take",
+    "Reserve",
+    "OpenPaths",
+    "WriteJoin",
+    "ViewInstalled",
+    "Announce",
+    "ReplayWanted",
+    "DepartedMayBeGranted",
+    "Unregister",
+    "Leave",
+    "TakeOver",
+    "Ready",
+    "ReplayDone",
+    "Reassert",
+    "Reasserted",
+    "Thaw",
+    "Settled",
+    "Granted",
+    "Lower",
+)
+
+
+@dataclass
+class Ambush:
+    """Strike whoever does something of this name."""
+
+    step: str
+    after: bool
+    strike: Callable[[Machine], None]
+
+    def matches(self, effect: object) -> bool:
+        """Is this it?"""
+        if type(effect).__name__ == self.step:
+            return True
+        message = getattr(effect, "message", None)
+        return message is not None and type(message).__name__ == self.step
+
+
+class Plan:
+    """The faults of one seed."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.world = cluster.world
+        self.rng = cluster.world.rng
+        self.injected: list[tuple[str, float]] = []
+        self.heals: list[Heal] = []
+        self.last_s = LAST_AT_S
+
+    # -- the plan --------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Start the machines, and lay out the faults."""
+        rng = self.rng
+        machines = self.cluster.machines
+        late = len(machines) > 3 and rng.random() < 0.3
+        for number, machine in enumerate(machines):
+            if late and number == len(machines) - 1:
+                machine.wanted = False  # joins by a fault
+            else:
+                self.world.at(0.3 * number * rng.random(), self.cluster.boot, machine)
+        times = sorted(
+            FIRST_AT_S + (LAST_AT_S - FIRST_AT_S) * rng.random() for _ in range(rng.randrange(3, 9))
+        )
+        for position in range(1, len(times)):
+            if rng.random() < 0.4:  # faults come in clusters
+                times[position] = times[position - 1] + 2.5 * rng.random()
+        for time in times:
+            kind = rng.choices(list(FAULTS), weights=[weight for _, weight in FAULTS.values()])[0]
+            self.world.at(time, self._inject, kind)
+
+    def _inject(self, kind: str) -> None:
+        machine = self._victim()
+        inject, _ = FAULTS[kind]
+        heal = inject(self, machine)
+        if heal is None:
+            return
+        now = self.world.now
+        self.world.trace("fault", f"{kind} ({machine.name})")
+        self.cluster.coverage.fault(kind)
+        for other, when in self.injected:
+            if now - when <= MEET_WITHIN_S:
+                self.cluster.coverage.pair(kind, other)
+        self.injected.append((kind, now))
+        self.heals.append(heal)
+
+    def _victim(self) -> Machine:
+        """The coordinator more often than others."""
+        machines = self.cluster.machines
+        if self.rng.random() < 0.4:
+            key = self.cluster.lun.arbiter.read_reservation().key
+            for machine in machines:
+                daemon = machine.daemon
+                if daemon is not None and daemon.serves and _holds(daemon, key):
+                    return machine
+        return self.rng.choice(machines)
+
+    def heal_all(self) -> None:
+        """From now on nothing goes wrong any more."""
+        self.world.trace("fault", "everything heals")
+        cluster = self.cluster
+        cluster.ambush = None
+        for heal in self.heals:
+            heal()
+        cluster.network.loss = cluster.network.duplication = 0.0
+        cluster.network.slow_until = cluster.lun.slow_until = 0.0
+        cluster.lun.late_chance = 0.0
+        if not cluster.lun.up:
+            cluster.lun.begin()
+        for machine in cluster.machines:
+            machine.wanted = True
+            if machine.daemon is not None:
+                machine.daemon.thaw()
+            cluster.power_on(machine)
+            cluster.boot(machine)
+        cluster.healed = True
+
+    def once(self, heal: Heal) -> Heal:
+        """The same, done once only."""
+        done = False
+
+        def once() -> None:
+            nonlocal done
+            if not done:
+                done = True
+                heal()
+
+        return once
+
+    def later(self, low_s: float, high_s: float, heal: Heal) -> Heal:
+        """Heal after a time between these, mostly short; or when everything is healed."""
+        once = self.once(heal)
+        self.world.after(low_s + (high_s - low_s) * self.rng.random() ** 2, once)
+        return once
+
+    def strike(self, machine: Machine, what: Callable[[Machine], None]) -> None:
+        """Now, or at a step of somebody."""
+        if self.rng.random() < 0.5 or self.cluster.ambush is not None:
+            what(machine)
+            return
+        step = self.rng.choice(STEPS)
+        after = self.rng.random() < 0.5
+        self.world.trace("fault", f"waits for {step} ({'after' if after else 'before'} it)")
+
+        def struck(victim: Machine) -> None:
+            self.world.trace("fault", f"strikes {victim.name} at its {step}")
+            self.cluster.coverage.reached[f"struck at {step}"] += 1
+            what(victim)
+
+        self.cluster.ambush = Ambush(step, after, struck)
+
+
+def _holds(daemon: Daemon, key: int) -> bool:
+    paths = daemon.paths
+    return any(r is not None and r.key == key for r in (paths.control, paths.newcomer))
+
+
+# -- hosts -------------------------------------------------------------------------------------
+def _kill(plan: Plan, machine: Machine) -> Heal | None:
+    def strike(victim: Machine) -> None:
+        plan.cluster.kill(victim)
+        plan.later(0.3, 9.0, lambda: plan.cluster.boot(victim))
+
+    plan.strike(machine, strike)
+    return lambda: None
+
+
+def _power_off(plan: Plan, machine: Machine) -> Heal | None:
+    def strike(victim: Machine) -> None:
+        plan.cluster.power_off(victim)
+
+        def again() -> None:
+            plan.cluster.power_on(victim)
+            plan.cluster.boot(victim)
+
+        plan.later(1.0, 15.0, again)
+
+    plan.strike(machine, strike)
+    return lambda: None
+
+
+def _freeze(plan: Plan, machine: Machine) -> Heal | None:
+    def strike(victim: Machine) -> None:
+        daemon = victim.daemon
+        if daemon is None or not daemon.serves or daemon.process.frozen:
+            return
+        plan.world.trace(daemon.name, "is frozen")
+        if plan.rng.random() < 0.5:
+            _late_writes(plan, victim)
+        daemon.freeze()
+
+        def thaw() -> None:
+            plan.world.trace(daemon.name, "is thawed")
+            daemon.thaw()
+
+        plan.later(0.2, 18.0, thaw)
+
+    plan.strike(machine, strike)
+    return lambda: None
+
+
+def _restart(plan: Plan, machine: Machine) -> Heal | None:
+    plan.cluster.kill(machine)
+    plan.world.after(0.05, plan.cluster.boot, machine)
+    return lambda: None
+
+
+def _leave(_plan: Plan, machine: Machine) -> Heal | None:
+    daemon = machine.daemon
+    if daemon is None or not daemon.serves or daemon.process.frozen:
+        return None
+    daemon.leave()
+    return lambda: None
+
+
+def _join(plan: Plan, machine: Machine) -> Heal | None:
+    for candidate in plan.cluster.machines:
+        if not candidate.wanted:
+            candidate.wanted = True
+            plan.cluster.boot(candidate)
+            return lambda: None
+    if machine.daemon is None or not machine.daemon.serves:
+        plan.cluster.boot(machine)
+        return lambda: None
+    return None
+
+
+def _evict(plan: Plan, machine: Machine) -> Heal | None:
+    victim = plan._victim().daemon
+    judge = machine.daemon
+    if victim is None or victim.node is None or judge is None or not judge.serves:
+        return None
+    judge.process.deliver(judge.step, events.EvictWanted(victim.node, "an administrator asked"))
+    return lambda: None
+
+
+# -- the SAN -----------------------------------------------------------------------------------
+def _cut_san(plan: Plan, machine: Machine, *, out: bool, into: bool) -> Heal | None:
+    if machine.san.cut_out or machine.san.cut_in:
+        return None
+
+    def strike(victim: Machine) -> None:
+        san = victim.san
+        san.cut_out, san.cut_in = san.cut_out or out, san.cut_in or into
+        plan.world.trace(victim.name, f"SAN cut: out {san.cut_out}, in {san.cut_in}")
+
+        def heal() -> None:
+            san.cut_out = san.cut_in = False
+            plan.world.trace(victim.name, "SAN healed")
+            plan.cluster.lun.healed(san)
+            daemon = victim.daemon
+            if daemon is not None and daemon.paths.control is None:
+                daemon.process.deliver(daemon.step, events.PathBack())
+
+        plan.later(0.3, 16.0, heal)
+
+    plan.strike(machine, strike)
+    return lambda: None
+
+
+def _san_cut(plan: Plan, machine: Machine) -> Heal | None:
+    return _cut_san(plan, machine, out=True, into=True)
+
+
+def _san_cut_out(plan: Plan, machine: Machine) -> Heal | None:
+    return _cut_san(plan, machine, out=True, into=False)
+
+
+def _san_cut_in(plan: Plan, machine: Machine) -> Heal | None:
+    return _cut_san(plan, machine, out=False, into=True)
+
+
+def _san_reset(plan: Plan, machine: Machine) -> Heal | None:
+    for session in list(machine.san.sessions):
+        if session.there:
+            plan.cluster.lun.end_session(session)
+    return lambda: None
+
+
+def _san_dark(plan: Plan, _machine: Machine) -> Heal | None:
+    """The LUN is away for everybody."""
+    if any(m.san.cut_out or m.san.cut_in for m in plan.cluster.machines):
+        return None
+    for machine in plan.cluster.machines:
+        machine.san.cut_out = machine.san.cut_in = True
+
+    def heal() -> None:
+        for machine in plan.cluster.machines:
+            machine.san.cut_out = machine.san.cut_in = False
+            plan.cluster.lun.healed(machine.san)
+            daemon = machine.daemon
+            if daemon is not None and daemon.paths.control is None:
+                daemon.process.deliver(daemon.step, events.PathBack())
+        plan.world.trace("fault", "the LUN is back for everybody")
+
+    return plan.later(0.5, 12.0, heal)
+
+
+def _target_restart(plan: Plan, _machine: Machine) -> Heal | None:
+    lun = plan.cluster.lun
+    if not lun.up:
+        return None
+    lun.stop()
+
+    def begin() -> None:
+        if not lun.up:
+            plan.world.trace("target", "is up again")
+            lun.begin()
+
+    return plan.later(0.05, 5.0, begin)
+
+
+def _slow_lun(plan: Plan, _machine: Machine) -> Heal | None:
+    plan.cluster.lun.slow_until = plan.world.now + 1.0 + 8.0 * plan.rng.random()
+    return lambda: None
+
+
+def _late_writes(plan: Plan, _machine: Machine) -> Heal | None:
+    lun = plan.cluster.lun
+    if lun.late_chance:
+        return None
+    lun.late_chance = 0.3
+    lun.late_s = 0.5 + 4.0 * plan.rng.random()
+
+    def heal() -> None:
+        lun.late_chance = 0.0
+
+    return plan.later(0.5, 5.0, heal)
+
+
+# -- the network -------------------------------------------------------------------------------
+def _cut(plan: Plan, pairs: list[tuple[str, str]]) -> Heal:
+    network = plan.cluster.network
+    for source, to in pairs:
+        network.cut(source, to)
+
+    def heal() -> None:
+        plan.world.trace("fault", "a network cut heals")
+        for source, to in pairs:
+            network.heal(source, to)
+
+    return plan.later(0.3, 18.0, heal)
+
+
+def _net_cut(plan: Plan, machine: Machine) -> Heal | None:
+    others = [m.name for m in plan.cluster.machines if m is not machine]
+    return _cut(
+        plan, [(machine.name, o) for o in others] + [(other, machine.name) for other in others]
+    )
+
+
+def _net_cut_pair(plan: Plan, machine: Machine) -> Heal | None:
+    other = plan.rng.choice([m for m in plan.cluster.machines if m is not machine])
+    return _cut(plan, [(machine.name, other.name), (other.name, machine.name)])
+
+
+def _net_one_way(plan: Plan, machine: Machine) -> Heal | None:
+    others = [m.name for m in plan.cluster.machines if m is not machine]
+    chosen = [other for other in others if plan.rng.random() < 0.6] or others[:1]
+    if plan.rng.random() < 0.5:
+        return _cut(plan, [(machine.name, other) for other in chosen])
+    return _cut(plan, [(other, machine.name) for other in chosen])
+
+
+def _partition(plan: Plan, _machine: Machine) -> Heal | None:
+    names = [machine.name for machine in plan.cluster.machines]
+    plan.rng.shuffle(names)
+    cut = plan.rng.randrange(1, len(names))
+    pairs = [(a, b) for a in names[:cut] for b in names[cut:]]
+    return _cut(plan, pairs + [(b, a) for a, b in pairs])
+
+
+def _net_lossy(plan: Plan, _machine: Machine) -> Heal | None:
+    network = plan.cluster.network
+    network.loss = 0.1 + 0.3 * plan.rng.random()
+    network.duplication = 0.2
+    network.slow_s = 0.2 * plan.rng.random()
+    network.slow_until = plan.world.now + 10.0 * plan.rng.random()
+
+    def heal() -> None:
+        network.loss = network.duplication = 0.0
+
+    return plan.later(2.0, 12.0, heal)
+
+
+def _net_reset(plan: Plan, machine: Machine) -> Heal | None:
+    network = plan.cluster.network
+    for connection in list(network.connections.values()):
+        if any(end.host_name == machine.name for end in connection.ends):
+            network.reset(connection)
+    return lambda: None
+
+
+FAULTS: dict[str, tuple[Callable[[Plan, Machine], Heal | None], float]] = {
+    "kill": (_kill, 2.0),
+    "power-off": (_power_off, 1.5),
+    "freeze": (_freeze, 2.5),
+    "restart": (_restart, 1.0),
+    "leave": (_leave, 1.2),
+    "join": (_join, 1.0),
+    "evict": (_evict, 0.7),
+    "san-cut": (_san_cut, 1.5),
+    "san-cut-out": (_san_cut_out, 1.0),
+    "san-cut-in": (_san_cut_in, 1.0),
+    "san-reset": (_san_reset, 1.0),
+    "san-dark": (_san_dark, 0.6),
+    "target-restart": (_target_restart, 1.0),
+    "slow-lun": (_slow_lun, 0.7),
+    "late-writes": (_late_writes, 1.5),
+    "net-cut": (_net_cut, 1.2),
+    "net-cut-pair": (_net_cut_pair, 1.0),
+    "net-one-way": (_net_one_way, 1.2),
+    "partition": (_partition, 1.0),
+    "net-lossy": (_net_lossy, 1.0),
+    "net-reset": (_net_reset, 1.0),
+}

@@ -1,0 +1,252 @@
+"""What must be true of the whole, whoever is dead, frozen or cut off: DESIGN section 11.
+
+It sees what no node sees: the LUN, every core, who is alive. `Violation` ends the run. The cheap
+part is asked about what changed, after each step; `Oracle.check_all` about everything, now and
+then.
+
+    1  one holder; only it changes the view; epochs never repeat        `view_lands`
+    2  no command of an evicted incarnation or a fenced path changes the LUN after its fence
+       (`lands`), or is answered to a guest after what it held may be granted (`answers`)
+    3  no two live nodes hold incompatible locks (`holds`); nothing is granted over an unreplayed
+       journal (`granted`)
+    4  what was acknowledged is read back; nobody reads what was not written, or an older value
+       than one already read (`reads`)
+
+Which hosts count for 3: those whose process lives (frozen ones too), until it has been declared
+that what they held may be granted. At that moment their lease must have run out on their own
+clock, or they must be dead (`may_be_granted`); and none may renew it later (`renews`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from lockmgr.cluster.view import NodeId, View
+from lockmgr.modes import COMPATIBLE, Mode
+from redirector.block.arbiter import Op
+from redirector.block.keys import PathKey
+from tests.sim.content import NOTHING_WRITTEN, Content, Stamp
+from tests.sim.lun import Command, SimLun
+from tests.sim.world import World
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+class Holder(Protocol):
+    """A daemon, as far as the oracle asks."""
+
+    name: str
+
+    @property
+    def node(self) -> NodeId | None: ...
+    @property
+    def serves(self) -> bool:
+        """Its process lives, and has not given itself up."""
+
+    @property
+    def lease_left_s(self) -> float:
+        """Of its own clock; negative: it has run out."""
+
+
+class Oracle:
+    """See the module's docstring."""
+
+    def __init__(self, world: World, lun: SimLun, content: Content) -> None:
+        self.world = world
+        self.lun = lun
+        self.content = content
+        self.fenced: set[int] = set()
+        self.grantable: dict[NodeId, float] = {}
+        self.held: dict[bytes, dict[str, tuple[Holder, Mode]]] = {}
+        self.floors: dict[bytes, Stamp] = {}
+        """What was acknowledged or read last of each block: nobody reads less from now on."""
+        self.written: dict[bytes, set[Stamp]] = {}
+        self.acknowledged = 0
+        self.answered = 0
+        self.grants = 0
+        self.views: dict[int, View] = {view.epoch: view for view in content.views}
+        self.states: dict[tuple[str, str], int] = {}
+        """Transitions of slots that views made, counted."""
+        self._value = 0
+        self._newest = content.view
+        lun.on_landing = self.lands
+
+    def fail(self, what: str) -> None:
+        """Raise `Violation`."""
+        self.world.trace("oracle", what)
+        raise Violation(f"at {self.world.now:.4f}: {what}")
+
+    # -- 1 ---------------------------------------------------------------------------------
+    def view_lands(self, view: View, key: int) -> None:
+        """A view is being written by the nexus with that key."""
+        if view.epoch in self.views:
+            self.fail(f"epoch {view.epoch} is written a second time, by {key:#x}")
+        newest = self._newest
+        if view.epoch != newest.epoch + 1:
+            self.fail(f"view {view.epoch} is written after {newest.epoch}, by {key:#x}")
+        holder = self.lun.arbiter.read_reservation().key
+        if not holder:
+            self.fail(f"view {view.epoch} is written by {key:#x} while nobody holds")
+        try:
+            view.check()
+            view.follows(newest)
+        except AssertionError as error:
+            self.fail(f"view {view.epoch}: {error}")
+        for number, (old, new) in enumerate(zip(newest.slots, view.slots, strict=True)):
+            if old.state != new.state or old.incarnation != new.incarnation:
+                change = (old.state.name, new.state.name)
+                self.states[change] = self.states.get(change, 0) + 1
+            if old.state.name == "NEEDS_REPLAY" and new.state.name != "NEEDS_REPLAY":
+                self._replayed(number)
+        self.views[view.epoch] = self._newest = view
+
+    def _replayed(self, slot: int) -> None:
+        for name, stamp in self.content.journals.get(slot, {}).items():
+            if stamp.version > self.content.home_of(name).version:
+                self.fail(f"slot {slot} counts as replayed, and its journal has {name!r} {stamp}")
+
+    # -- 2 ---------------------------------------------------------------------------------
+    def fence_done(self, key: int) -> None:
+        """Somebody was told that the fence of this key is complete."""
+        self.fenced.add(key)
+
+    def lands(self, command: Command[Any]) -> None:
+        """A command is about to do what it does."""
+        if command.op is not Op.WRITE:
+            return
+        key = command.session.key
+        if key in self.fenced or self._owner(key) in self.grantable:
+            self.fail(
+                f"{command.words} over the fenced path {key:#x}"
+                f" ({command.session.process.name}) changes the LUN"
+            )
+
+    @staticmethod
+    def _owner(key: int) -> NodeId | None:
+        path = PathKey.parse(key)
+        return None if path is None else NodeId(path.slot, path.incarnation)
+
+    def answers(self, daemon: Holder) -> None:
+        """A guest's request is answered."""
+        self.answered += 1
+        node = daemon.node
+        if node in self.grantable:
+            self.fail(f"{daemon.name} answers a guest after what it held may be granted")
+
+    def may_be_granted(self, node: NodeId, daemon: Holder | None, by: str) -> None:
+        """Some member has declared that whatever ``node`` held may be granted to others."""
+        if node in self.grantable:
+            return
+        if daemon is not None and daemon.serves and daemon.lease_left_s > 0:
+            self.fail(
+                f"{by} grants what {daemon.name} held, whose lease runs for"
+                f" {daemon.lease_left_s:.3f} s more"
+            )
+        self.grantable[node] = self.world.now
+        for holders in self.held.values():
+            for name in [n for n, (other, _) in holders.items() if other.node == node]:
+                del holders[name]
+
+    def renews(self, daemon: Holder) -> None:
+        """A daemon believes to have a lease."""
+        if daemon.node in self.grantable and daemon.lease_left_s > 0:
+            self.fail(f"{daemon.name} renews its lease after what it held may be granted")
+
+    # -- 3 ---------------------------------------------------------------------------------
+    def holds(self, daemon: Holder, name: bytes, mode: Mode | None) -> None:
+        """A node's core holds a resource in this mode now."""
+        holders = self.held.setdefault(name, {})
+        before = holders.get(daemon.name)
+        if (before[1] if before else None) == mode:
+            return
+        if mode is None or mode is Mode.NL or daemon.node in self.grantable:
+            holders.pop(daemon.name, None)
+            return
+        for other, (holder, held) in list(holders.items()):
+            if not holder.serves:
+                del holders[other]
+            elif other != daemon.name and not COMPATIBLE[mode][held]:
+                self.fail(f"{daemon.name} holds {name!r} in {mode}, while {other} has {held}")
+        holders[daemon.name] = (daemon, mode)
+
+    def granted(self, daemon: Holder, name: bytes, value: bytes | None) -> None:
+        """A claim of this node was granted, and this value block came with it (None: not valid)."""
+        self.grants += 1
+        home = self.content.home_of(name).version
+        node = daemon.node
+        for slot, journal in self.content.journals.items():
+            record = journal.get(name)
+            if record is not None and record.version > home and (not node or slot != node.slot):
+                self.fail(
+                    f"{daemon.name} is granted {name!r} while the journal of slot {slot} has"
+                    f" {record}, and its home {home}"
+                )
+        if value is not None:
+            version = int.from_bytes(value[:8], "little")
+            if version < self.floor(name).version:
+                self.fail(
+                    f"{daemon.name} is granted {name!r} with a valid value block of version"
+                    f" {version}, after {self.floor(name)}"
+                )
+
+    # -- 4 ---------------------------------------------------------------------------------
+    def floor(self, name: bytes) -> Stamp:
+        """The least that may be read from now on."""
+        return self.floors.get(name, NOTHING_WRITTEN)
+
+    def next_value(self) -> int:
+        """A name for a write."""
+        self._value += 1
+        return self._value
+
+    def writes(self, name: bytes, stamp: Stamp) -> None:
+        """A node has begun to write this."""
+        self.written.setdefault(name, {NOTHING_WRITTEN}).add(stamp)
+
+    def acknowledges(self, daemon: Holder, name: bytes, stamp: Stamp) -> None:
+        """fsync was answered."""
+        self.acknowledged += 1
+        self.answers(daemon)
+        floor = self.floor(name)
+        if stamp.version <= floor.version:
+            self.fail(f"{daemon.name} acknowledges {name!r} {stamp} after {floor}")
+        self.floors[name] = stamp
+
+    def reads(self, daemon: Holder, name: bytes, stamp: Stamp, floor: Stamp, *, kept: bool) -> None:
+        """A read that began when the floor was ``floor`` is answered with ``stamp``.
+
+        ``kept``: it is acknowledged, or stands at home; a writer may show its own, younger bytes.
+        """
+        self.answers(daemon)
+        if stamp not in self.written.get(name, {NOTHING_WRITTEN}):
+            self.fail(f"{daemon.name} reads {name!r} {stamp}, which nobody wrote")
+        if stamp.version < floor.version or (
+            stamp.version == floor.version and stamp.value != floor.value
+        ):
+            self.fail(f"{daemon.name} reads {name!r} {stamp}, after {floor}")
+        if kept and stamp.version > self.floor(name).version:
+            self.floors[name] = stamp
+
+    # -- everything ------------------------------------------------------------------------
+    def check_all(self) -> None:
+        """What holds at any time, of everything."""
+        self.lun.arbiter.check()
+        for name, holders in self.held.items():
+            live = [(n, m) for n, (holder, m) in holders.items() if holder.serves]
+            for position, (one, mode) in enumerate(live):
+                for other, held in live[:position]:
+                    if not COMPATIBLE[mode][held]:
+                        self.fail(f"{one} holds {name!r} in {mode}, {other} in {held}")
+        for name, floor in self.floors.items():
+            if not self._is_somewhere(name, floor):
+                self.fail(f"{name!r} {floor} was acknowledged or read, and stands nowhere")
+
+    def _is_somewhere(self, name: bytes, floor: Stamp) -> bool:
+        if self.content.home_of(name).version >= floor.version:
+            return True
+        return any(
+            journal.get(name, NOTHING_WRITTEN).version >= floor.version
+            for journal in self.content.journals.values()
+        )
