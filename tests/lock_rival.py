@@ -24,6 +24,8 @@ class LockRival:
         self._granted: dict[bytes, trio.Event] = {}
         self._step = locks.core.step
         locks.core.step = self._filter  # type: ignore[method-assign]  # there is no network yet
+        # Messages for who is in no view are dropped. What it masters was settled before: nothing.
+        locks.core.recovery.members += (RIVAL,)
         self.taken = 0
 
     def _filter(self, event: Event, now: float) -> list[Effect]:
