@@ -7,6 +7,11 @@ while the judge observes: `restart` after every gap makes everybody fresh. A pai
 node alive, for ``evict_after_s`` after its last sign or after it became fresh. The *verdict* is the
 largest set of living nodes that are pairwise mutual and have a direct path.
 
+One cut does not show in all pairs at the same time: what the judge hears itself ends at once, what
+others say that they hear ends ``hears_s`` later. A verdict in between would find sets that were
+never there. So when the first pair is broken the judge waits, ``spread_s`` at most, as long as
+other pairs are as good as broken. Who shows no life at all needs no such wait.
+
 That a heartbeat block has *changed*, and the latest time at which it can have done so, is kept
 across gaps: a value that was read twice has not changed in between, whoever slept.
 
@@ -68,6 +73,7 @@ class Judge:
         self._by_slot: dict[int, NodeId] = {me.slot: me}
         self._sequences: dict[NodeId, int] = {}
         self._verdicts: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
+        self._broken_since: float | None = None
         self._latest = 0.0
 
     # -- whom it is about --------------------------------------------------------------------
@@ -87,6 +93,7 @@ class Judge:
     def restart(self, now: float) -> None:
         """The judge slept, or could not read: whatever it did not see is nobody's silence."""
         self._fresh = dict.fromkeys(self._fresh, now)
+        self._broken_since = None
 
     # -- signs -------------------------------------------------------------------------------
     def take_beat(self, beat: Heartbeat, now: float) -> bool:
@@ -154,14 +161,14 @@ class Judge:
         """What it last said of its own path."""
         return self._direct.get(node, False)
 
-    def is_mutual(self, a: NodeId, b: NodeId, now: float) -> bool:
-        """Whether the two heard each other within the time that counts."""
+    def _apart_for(self, a: NodeId, b: NodeId, now: float) -> float:
+        """How long ago the two last heard each other, or became fresh."""
         fresh = max(self._fresh.get(a, 0.0), self._fresh.get(b, 0.0))
         heard = min(
             self._heard.get((a.slot, b.slot), float("-inf")),
             self._heard.get((b.slot, a.slot), float("-inf")),
         )
-        return now - max(fresh, heard) <= self._settings.evict_after_s
+        return now - max(fresh, heard)
 
     def has_met(self, node: NodeId, others: Iterable[NodeId], now: float) -> bool:
         """Whether it and each of the others have really heard each other of late."""
@@ -174,11 +181,16 @@ class Judge:
         )
 
     def verdict(self, now: float, direct: bool) -> frozenset[NodeId]:
-        """Those who stay. ``direct``: whether the judge has a path itself, as it must."""
+        """Those who stay. ``direct``: whether the judge has a path itself, as it must.
+
+        While it does not show yet which pairs an event has cut, everybody who lives stays.
+        """
         slots = sorted(self._by_slot)
         nodes = [self._by_slot[slot] for slot in slots]
         words = [0] * len(nodes)
         paths = 0
+        limit, spread = self._settings.evict_after_s, self._settings.spread_s
+        broken = doubtful = False
         for i, a in enumerate(nodes):
             if not self.is_alive(a, now):
                 continue
@@ -187,9 +199,21 @@ class Judge:
             if direct if a == self.me else self._direct.get(a, True):
                 paths |= 1 << i
             for j, b in enumerate(nodes[:i]):
-                if self.is_mutual(a, b, now):
-                    words[i] |= 1 << j
-                    words[j] |= 1 << i
+                if not words[j]:
+                    continue
+                apart_for = self._apart_for(a, b, now)
+                if apart_for > limit:
+                    broken = True
+                    continue
+                doubtful |= apart_for > limit - spread
+                words[i] |= 1 << j
+                words[j] |= 1 << i
+        if not broken:
+            self._broken_since = None
+        elif self._broken_since is None:
+            self._broken_since = now
+        if broken and doubtful and now - (self._broken_since or now) < spread:
+            return frozenset(node for i, node in enumerate(nodes) if words[i])
         question = (tuple(words), paths)
         answer = self._verdicts.get(question)
         if answer is None:

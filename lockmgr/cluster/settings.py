@@ -59,10 +59,15 @@ class Settings:
             raise ValueError("a lease must be over before what it protects is granted")
         if not self.heartbeat_s < min(self.judge_gap_s, self.answer_within_s, self.hears_s):
             raise ValueError("heartbeats must come more often than gaps are noticed")
-        if not self.hears_s + self.heartbeat_s < self.evict_after_s:
+        if not self.spread_s < self.evict_after_s:
             raise ValueError("evict_after_s must be longer than a few heartbeats")
         if not self.path_loss_s < self.evict_after_s:
             raise ValueError("a path must be lost before its node is judged")
+
+    @property
+    def spread_s(self) -> float:
+        """How much later than to the first one a cut may show to the last observer."""
+        return self.hears_s + 2 * self.heartbeat_s
 
     @property
     def lease_over_bound_s(self) -> float:

@@ -118,12 +118,8 @@ def await_holder(st: NodeState) -> Steps[None]:
 
 def _rank(st: NodeState, view: View) -> float:
     """Seconds by which this node goes after those before it, so that few try at once."""
-    assert st.judge is not None and st.me is not None
-    before = [
-        node
-        for node in view.listed
-        if node < st.me and node in st.best and st.judge.is_direct(node)
-    ]
+    assert st.me is not None
+    before = [node for node in view.listed if node < st.me and node in st.best]
     return len(before) * st.settings.heartbeat_s
 
 

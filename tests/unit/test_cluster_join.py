@@ -1,0 +1,241 @@
+"""Timelines of joining and leaving (lockmgr/PROTOCOL.md, Membership)."""
+
+from __future__ import annotations
+
+from lockmgr.cluster.blocks import JoinRequest
+from lockmgr.cluster.effects import (
+    DepartedMayBeGranted,
+    ReplayWanted,
+    Stop,
+    StopReason,
+    Take,
+    ViewInstalled,
+    WriteJoin,
+    WriteView,
+)
+from lockmgr.cluster.events import LeaveWanted
+from lockmgr.cluster.view import NodeId, SlotState
+from tests.unit.cluster_world import KEYS, Host, World
+
+
+def is_active(host: Host) -> bool:
+    view = host.member.view
+    return view is not None and host.node in view.active
+
+
+# -- nobody is there -----------------------------------------------------------------------------
+def test_first_node_of_a_new_volume() -> None:
+    world = World()
+    host = world.host("host0")
+    world.run_until(lambda: is_active(host), 10)
+    assert host.when(Take) == [host.when(Take)[0]]  # only of its own temporary key
+    assert world.settings.silence_s <= host.when(WriteView)[0] < 6.0
+    assert host.when(ReplayWanted, host.node)
+    assert host.member.is_coordinator
+    assert [KEYS.owner(s.key) for s in world.lun.registered] == [host.node] * 2
+
+
+def test_parked_volume_is_taken_at_once() -> None:
+    world = World()
+    (first,) = world.cluster(1)
+    first.give(LeaveWanted())
+    world.run(0.5)
+    assert first.stopped is not None
+    assert first.stopped.reason is StopReason.LEFT
+    assert not world.lun.view.members
+    assert world.lun.holder_key == world.lun.view.holder_key
+    second = world.host("host1")
+    assert world.run_until(lambda: is_active(second), 10) < 1.5
+    # It takes the first free slot; an incarnation never comes again.
+    assert second.node == NodeId(0, 2)
+
+
+def test_own_dead_only_member_is_succeeded_at_once() -> None:
+    world = World()
+    (first,) = world.cluster(1)
+    world.kill(first)
+    second = world.host("host0")
+    assert world.run_until(lambda: is_active(second), 10) < 1.5
+    assert second.when(ReplayWanted, NodeId(0, 1))
+    assert second.when(DepartedMayBeGranted, NodeId(0, 1))  # its host says that it is dead
+
+
+def test_dead_cluster_is_succeeded_after_silence() -> None:
+    world = World()
+    hosts = world.cluster(2)
+    for host in hosts:
+        world.kill(host)
+    late = world.host("host9")
+    took = world.run_until(lambda: late.member.is_coordinator, 20)
+    assert 5.0 <= took < 6.5
+    world.run_until(lambda: is_active(late), 20)
+    assert late.member.view is not None
+    assert late.member.view.active == (late.node,)
+    for host in hosts:
+        assert late.when(ReplayWanted, host.node)
+        assert late.when(DepartedMayBeGranted, host.node)
+
+
+def test_silent_disk_is_not_taken_from_nodes_that_answer() -> None:
+    world = World()
+    hosts = world.cluster(2)
+    for host in hosts:
+        world.cut_san(host)
+    world.run(10)
+    late = world.host("host9")
+    world.run(20)
+    assert late.member.node is None
+    assert not late.stopped
+    for host in hosts:
+        world.heal_san(host)
+    world.run_until(lambda: is_active(late), 10)
+    assert all(is_active(host) for host in hosts)
+
+
+def test_two_newcomers_take_an_empty_volume_at_the_same_time() -> None:
+    world = World()
+    hosts = [world.host("host0"), world.host("host1")]
+    world.run_until(lambda: all(is_active(host) for host in hosts), 30)
+    assert sum(host.member.is_coordinator for host in hosts) == 1
+
+
+# -- being admitted ------------------------------------------------------------------------------
+def test_admission_step_by_step() -> None:
+    world = World()
+    (first,) = world.cluster(1)
+    epoch = first.epoch
+    second = world.host("host1")
+    world.run_until(lambda: second.member.node is not None, 5)
+    assert second.when(WriteJoin)
+    assert not second.when(WriteView)
+    world.run_until(lambda: is_active(second), 5)
+    assert second.epoch == epoch + 2  # joining, active
+    views = [e.view for _, e in first.log if isinstance(e, ViewInstalled)][-2:]
+    assert [view.state_of(second.node) for view in views] == [SlotState.JOINING, SlotState.ACTIVE]
+    # Who joins does not freeze the locks; who becomes active does.
+    assert views[0].lock_epoch < views[1].lock_epoch == views[1].epoch
+    assert second.newcomer is None
+
+
+def test_join_waits_until_the_departed_are_replayed() -> None:
+    world = World()
+    hosts = world.cluster(3)
+    world.replays = False
+    world.kill(hosts[2])
+    late = world.host("host9")
+    world.run(20)
+    view = hosts[0].member.view
+    assert view is not None
+    assert view.to_replay == (hosts[2].node,)
+    assert view.state_of(late.node) is SlotState.JOINING
+    world.replays = True
+    world.kill(hosts[1])  # it was told to replay: somebody else is told, and does
+    world.run_until(lambda: is_active(late), 20)
+
+
+def test_who_dies_while_joining_is_evicted_and_its_slot_gets_another_incarnation() -> None:
+    world = World(slots=2)
+    (first,) = world.cluster(1)
+    second = world.host("host1")
+    world.run_until(lambda: second.member.node is not None, 5)
+    world.kill(second)
+    world.run_until(lambda: first.when(ReplayWanted, second.node) != [], 10)
+    third = world.host("host2")
+    world.run_until(lambda: is_active(third), 20)
+    assert third.node == NodeId(second.node.slot, second.node.incarnation + 1)
+
+
+def test_old_join_block_admits_nobody() -> None:
+    world = World()
+    (first,) = world.cluster(1)
+    world.lun.joins[3] = JoinRequest(3, 255 << 40 | 1, 7, "ghost", bytes(16), bytes(16), b"g" * 32)
+    world.run(10)
+    assert first.member.view is not None
+    assert first.member.view.listed == (first.node,)
+
+
+def test_two_hosts_with_one_name() -> None:
+    world = World()
+    hosts = world.cluster(2)
+    twin = world.host("host1")
+    twin.member.state.identity = type(twin.member.state.identity)(
+        "host1", b"other machine id", bytes(16), b"t" * 32
+    )
+    world.run_until(lambda: twin.stopped is not None, 10)
+    assert twin.stopped is not None
+    assert twin.stopped.reason is StopReason.REFUSED
+    assert "host1" in twin.stopped.words
+    world.run(10)
+    assert all(is_active(host) for host in hosts)
+
+
+def test_killed_daemon_that_comes_back_at_once_replaces_its_dead_incarnation() -> None:
+    world = World()
+    hosts = world.cluster(3)
+    world.kill(hosts[1])
+    again = world.host("host1")
+    took = world.run_until(lambda: is_active(again), 15)
+    assert (
+        took < 9
+    )  # evicted as soon as it is silent; what it held waits for its lease all the same
+    assert again.node != hosts[1].node
+
+
+def test_all_slots_in_use() -> None:
+    world = World(slots=1)
+    world.cluster(1)
+    late = world.host("host1")
+    world.run_until(lambda: late.stopped is not None, 5)
+    assert late.stopped is not None
+    assert late.stopped.reason is StopReason.REFUSED
+
+
+# -- leaving -------------------------------------------------------------------------------------
+def test_member_leaves() -> None:
+    world = World()
+    hosts = world.cluster(3)
+    hosts[2].give(LeaveWanted())
+    assert world.run_until(lambda: hosts[2].stopped is not None, 5) < 1.0
+    world.run(1)
+    view = hosts[0].member.view
+    assert view is not None
+    assert view.slots[hosts[2].node.slot].state is SlotState.FREE
+    assert not hosts[0].when(ReplayWanted, hosts[2].node)
+    assert not hosts[1].when(ReplayWanted, hosts[2].node)
+
+
+def test_coordinator_leaves() -> None:
+    world = World()
+    hosts = world.cluster(3)
+    hosts[0].give(LeaveWanted())
+    world.run_until(lambda: hosts[0].stopped is not None, 5)
+    assert hosts[0].stopped is not None
+    assert hosts[0].stopped.reason is StopReason.LEFT
+    world.run(1)
+    assert sum(host.member.is_coordinator for host in hosts[1:]) == 1
+    view = hosts[1].member.view
+    assert view is not None
+    assert view.slots[0].state is SlotState.FREE
+    assert not world.lun.view.to_replay
+
+
+def test_all_leave_one_after_the_other() -> None:
+    world = World()
+    hosts = world.cluster(4)
+    for host in hosts:
+        host.give(LeaveWanted())
+        world.run_until(lambda host=host: host.stopped is not None, 20)  # type: ignore[misc]
+    assert not world.lun.view.members
+    assert world.lun.holder_key == world.lun.view.holder_key != 0
+    assert [host.when(Stop) != [] for host in hosts] == [True] * 4
+
+
+def test_leaver_that_nobody_hears_is_evicted() -> None:
+    world = World()
+    hosts = world.cluster(3)
+    world.isolate(hosts[2])
+    hosts[2].give(LeaveWanted())
+    world.run(20)
+    assert hosts[2].stopped is not None
+    assert hosts[0].member.view is not None
+    assert hosts[0].member.view.listed == tuple(sorted(h.node for h in hosts[:2]))
