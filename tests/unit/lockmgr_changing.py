@@ -146,16 +146,16 @@ class ChangingCluster(Cluster):
                     ViewChanged(self.epoch, core.members, self.coordinator, self.unreplayed),
                 )
 
-    @property
-    def may_join(self) -> bool:
-        """Newcomers wait for the thaw, and until every departed journal is replayed."""
+    def may_join(self, with_debts: bool = False) -> bool:
+        """Newcomers wait for the thaw, and until every departed journal is replayed; but nothing
+        is to go wrong if membership should let them in earlier."""
         coordinator = self.cores[self.coordinator]
         all_thawed = (
             coordinator.epoch == self.epoch
             and not coordinator.recovery.frozen
             and self.alive == set(self.members)
         )
-        return all_thawed and not self.unreplayed
+        return all_thawed and (with_debts or not self.unreplayed)
 
     def join(self) -> int:
         """A newcomer is in the next view."""

@@ -8,6 +8,7 @@ from lockmgr.claim import Claim
 from lockmgr.events import Patience
 from lockmgr.messages import Resource
 from lockmgr.modes import Mode
+from lockmgr.recovery import Stage
 from lockmgr.settings import Settings
 from tests.unit.lockmgr_changing import ChangingCluster
 
@@ -303,7 +304,7 @@ def test_a_newcomer_takes_over_with_values(three: ChangingCluster) -> None:
     writer = held(three, 1, Resource(b"at 3", bytes([3])), PW)
     three.set_value(writer, b"1" * 64)
     three.release(writer)
-    assert three.may_join
+    assert three.may_join()
     node = three.join()
     three.recover()
     assert b"at 3" in three.cores[node].master.resources
@@ -339,3 +340,56 @@ def test_a_newer_view_restarts_and_one_may_be_skipped() -> None:
     four.install(1, skip=True)
     four.recover()
     assert four.thawed[0] == four.thawed[1] == 5 and claim in four.held
+
+
+def test_a_value_that_died_with_its_master_is_not_valid() -> None:
+    three = ChangingCluster(3, Settings(cache_limit=0, min_hold_s=0.0))
+    writer = held(three, 0, AT[2], PW)
+    three.set_value(writer, b"1" * 64)
+    three.release(writer)
+    interested = held(three, 1, AT[2], CR)
+    assert interested.lock is not None and interested.lock.value.data is None
+    three.settle()
+    writer = held(three, 0, AT[2], PW)
+    three.set_value(writer, b"2" * 64)
+    three.release(writer)
+    three.settle()
+    assert not three.cores[0].locks.locks, "only the master knows the second value"
+    depart(three, 2)
+    three.replay(2)
+    three.clear(2)
+    reader = held(three, 0, AT[2], PR)
+    assert reader.lock is not None and reader.lock.value.data is None
+
+
+@pytest.mark.parametrize("rebuilt", [True, False], ids=["newcomer rebuilt", "newcomer lags"])
+def test_a_debt_handed_to_a_newcomer_survives_a_failure_in_between(rebuilt: bool) -> None:
+    """The old master has gone on, the newcomer has not; each alone must still know of the debt."""
+    cluster = ChangingCluster(3, Settings(min_hold_s=0.0))
+    resource = Resource(b"at 3", bytes([3]))  # mastered by 0, then by 3
+    held(cluster, 2, resource, EX)
+    depart(cluster, 2)
+    newcomer = cluster.join()
+    for node in sorted(cluster.alive):
+        cluster.install(node)
+    stage = Stage.THAWED if rebuilt else Stage.BARRIER
+    cores = cluster.cores
+    while cores[0].recovery.stage is not stage:
+        channels = cluster.busy_channels
+        heard = [channel for channel in channels if rebuilt or channel[1] != newcomer]
+        cluster.deliver(*heard[0])
+    assert cores[newcomer].recovery.stage is (Stage.BARRIER if rebuilt else Stage.REASSERTING)
+    depart(cluster, 1)
+    assert cores[newcomer].master.resources[b"at 3"].owed == {2: EX}
+
+
+def test_what_a_departed_node_wanted_is_wanted_no_more(three: ChangingCluster) -> None:
+    holder = held(three, 0, AT[0], EX)
+    three.acquire(2, AT[0], EX)
+    three.settle()
+    assert three.demotions and three.cores[0].locks.locks[b"at 0"].wanted is EX
+    depart(three, 2)
+    assert three.cores[0].locks.locks[b"at 0"].wanted is NL
+    three.release(holder)
+    three.settle()
+    assert not three.demotions[1:], "nobody waits any more"

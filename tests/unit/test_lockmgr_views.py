@@ -42,6 +42,7 @@ class ChangingHistory:
         self.trace = [f"seed {seed}: {nodes} nodes, {settings}"]
         self.versions = 0
         self.deaths = 0
+        self.early_joins = rng.random() < 0.5
 
     def run(self) -> None:
         actions = [
@@ -58,7 +59,7 @@ class ChangingHistory:
             *[self._view] * 2,
             *[self._install] * 5,
             *[self._settled] * 2,
-            self._join,
+            *[self._join] * 2,
         ]
         for _ in range(STEPS):
             said = self.rng.choice(actions)()
@@ -185,7 +186,7 @@ class ChangingHistory:
         return "the view says again what is settled"
 
     def _join(self) -> str | None:
-        if not self.cluster.may_join or len(self.cluster.alive) > 5:
+        if not self.cluster.may_join(self.early_joins) or len(self.cluster.alive) > 5:
             return None
         return f"node {self.cluster.join()} joins"
 
