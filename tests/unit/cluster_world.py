@@ -234,6 +234,8 @@ class World:
         self.hosts: list[Host] = []
         self.cuts: set[tuple[str, str]] = set()
         self.san_cuts: set[str] = set()
+        self.gone_since: dict[NodeId, int] = {}
+        """The first epoch that does not list a node which was listed."""
         self.replays = True
         """Whether journals of the departed are replayed when they are asked for."""
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -397,8 +399,8 @@ class World:
         # and then reads that it is not listed
         for session in self.lun.registered:
             owner = KEYS.owner(session.key)
-            gone = owner is not None and not view.lists(*owner)
-            assert not gone or session.epoch >= view.epoch, self.story()
+            gone = self.gone_since.get(owner, view.epoch + 1) if owner else view.epoch + 1
+            assert gone > view.epoch or session.epoch >= gone, self.story()
         if view.lock_epoch != host.epoch_of_locks and host.node in view.active:
             host.epoch_of_locks = view.lock_epoch
             epoch = view.lock_epoch
@@ -555,6 +557,9 @@ class World:
     def _write_view(self, view: View) -> None:
         # holds: epochs never repeat, none is left out
         assert view.epoch == self.lun.view.epoch + 1, (view.epoch, self.lun.view.epoch)
+        for node in self.lun.view.listed:
+            if not view.lists(*node):
+                self.gone_since[node] = view.epoch
         self.lun.view = view
 
     def _fence(self, by: Session, keys: tuple[int, ...], nodes: tuple[NodeId, ...]) -> None:
