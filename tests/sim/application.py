@@ -44,6 +44,7 @@ class Application:
         self.cache: dict[bytes, Stamp] = {}
         self.dirty: set[bytes] = set()
         """Acknowledged in the journal, not yet at home."""
+        self.started = False
         self.stopping = False
         self.dead = False
         self.waiting: dict[Claim, tuple[Resume, float]] = {}
@@ -57,6 +58,7 @@ class Application:
     # -- guests ----------------------------------------------------------------------------
     def start(self) -> None:
         """Let the guests run."""
+        self.started = True
         for number in range(self.daemon.cluster.guests):
             self.daemon.process.start(self._guest(number))
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 from lockmgr.cluster import effects, events
 from lockmgr.cluster.blocks import Heartbeat, Identity
 from lockmgr.cluster.member import Member
-from lockmgr.cluster.outcomes import Good, Knocked, Outcome
+from lockmgr.cluster.outcomes import Good, Knocked, Opened, Outcome, Surveyed
 from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId, View
 from redirector.block.keys import is_newcomer, newcomer_key
 from tests.sim.locking import Locking
 from tests.sim.network import Endpoint
 from tests.sim.paths import Paths, kill_sessions, owner_of
 from tests.sim.target import SimTarget
-from tests.sim.world import Process
+from tests.sim.world import ROUNDING_S, Process
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster, Machine
@@ -66,6 +66,9 @@ class Daemon:
         )
         self.paths.silent = self._silent_keys
         self.view: View | None = None
+        """The one installed."""
+        self.known: View | None = None
+        """The newest that was read or installed: whose certificates are accepted."""
         self.node: NodeId | None = None
         self.newcomer_key = 0
         self.lease_until = 0.0
@@ -74,6 +77,7 @@ class Daemon:
         self._timer_at = float("inf")
         self._tick_missed = False
         self._leaving = False
+        self.has_left = False
 
     # -- what the oracle asks ------------------------------------------------------------------
     @property
@@ -128,6 +132,7 @@ class Daemon:
             self.locking.close(self._emptied)
 
     def _emptied(self) -> None:
+        self.has_left = True
         self.step(events.LeaveWanted())
 
     # -- steps -----------------------------------------------------------------------------
@@ -175,7 +180,7 @@ class Daemon:
         due = self.member.next_timer()
         if due is None:
             return
-        when = max(self.world.now, self.machine.world_time(due))
+        when = max(self.world.now, self.machine.world_time(due) + ROUNDING_S)
         if when < self._timer_at:
             self._timer_at = when
             self.world.at(when, self._timer, when)
@@ -191,7 +196,7 @@ class Daemon:
 
     def _tick(self) -> None:
         due = self.member.next_timer()
-        if due is not None and due <= self.now + 1e-9:
+        if due is not None and due <= self.now:
             self.step(events.Tick())
         else:
             self._set_timer()
@@ -207,11 +212,22 @@ class Daemon:
     def _do_io(self, effect: effects.IoEffect) -> None:
         def done(outcome: Outcome) -> None:
             self.cluster.coverage.outcome(effect, outcome)
+            self._learn(outcome)
             self.step(events.Done(effect.op, outcome))
             if isinstance(effect, effects.OpenPaths) and isinstance(outcome, Good):
                 self.locking.paths_opened()
 
         self.process.start(self.paths.carry_out(effect), done)
+
+    def _learn(self, outcome: Outcome) -> None:
+        value = outcome.value if isinstance(outcome, Good) else None
+        surveyed = value.survey if isinstance(value, Opened) else value
+        if isinstance(surveyed, Surveyed):
+            self._knows(surveyed.view)
+
+    def _knows(self, view: View) -> None:
+        if self.known is None or view.epoch > self.known.epoch:
+            self.known = view
 
     def _open_newcomer(self, effect: effects.OpenNewcomer) -> None:
         self.newcomer_key = effect.key
@@ -239,7 +255,7 @@ class Daemon:
         self.world.after(delay_s, self.process.deliver, self.step, events.Done(effect.op, outcome))
 
     def _beat(self, effect: effects.Beat) -> None:
-        view = self.view
+        view = self.known
         if view is None:
             return
         network = self.cluster.network
@@ -249,7 +265,7 @@ class Daemon:
 
     def _heard(self, what: tuple[Heartbeat, bytes]) -> None:
         beat, secret = what
-        if self.view is not None and self.view.secret == secret:
+        if self.known is not None and self.known.secret == secret:
             self.step(events.BeatHeard(beat))
 
     def _send_to(self, effect: effects.SendTo) -> None:
@@ -267,6 +283,7 @@ class Daemon:
 
     def _view_installed(self, effect: effects.ViewInstalled) -> None:
         self.view = effect.view
+        self._knows(effect.view)
         self.cluster.view_installed(self, effect)
         self.locking.view_installed(effect)
 
@@ -315,7 +332,7 @@ class Daemon:
     def wants(self, other: Endpoint) -> bool:
         """Its certificate stands in the view."""
         peer = other.node if isinstance(other, Daemon) else None
-        return self.view is not None and peer in self.view.listed and self.stopped is None
+        return self.known is not None and peer in self.known.listed and self.stopped is None
 
     def connected(self, other: Endpoint) -> None:
         if isinstance(other, Daemon) and other.node is not None:
@@ -331,7 +348,7 @@ class Daemon:
             return
         if self.locking.takes(other, message):
             return
-        if self.view is not None and other.node in self.view.listed:
+        if self.known is not None and other.node in self.known.listed:
             self.step(events.Received(other.node, message))  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ from lockmgr.core import LockCore
 from lockmgr.mastering import node_number, slot_and_incarnation
 from lockmgr.messages import AnyMessage
 from tests.sim.application import Application
-from tests.sim.world import Resume
+from tests.sim.world import ROUNDING_S, Resume
 
 if TYPE_CHECKING:
     from tests.sim.daemon import Daemon
@@ -81,10 +81,8 @@ class Locking:
                 del self.channels[node]
         if daemon.node is None or daemon.node not in view.active:
             return
-        if self.core is None:
-            self.core = LockCore(
-                number_of(daemon.node), 0, self.daemon.cluster.lock_settings, members=()
-            )
+        self._begin(daemon.node)
+        if not self.application.started:
             self.application.start()
         if effect.replayed:
             nodes = frozenset(number_of(node) for node in effect.replayed)
@@ -106,6 +104,13 @@ class Locking:
         cleared = frozenset(number_of(d.node) for d in effect.departed if d.cleared)
         if cleared:
             self.step(lock_events.Cleared(cleared))
+
+    def _begin(self, node: NodeId) -> LockCore:
+        """There may be messages before there is the view that they are about."""
+        if self.core is None:
+            settings = self.daemon.cluster.lock_settings
+            self.core = LockCore(number_of(node), 0, settings, members=())
+        return self.core
 
     def may_be_granted(self, node: NodeId) -> None:
         """Its lease is over, and it is fenced."""
@@ -236,7 +241,7 @@ class Locking:
         if due is None:
             return
         daemon = self.daemon
-        when = max(daemon.world.now, daemon.machine.world_time(due))
+        when = max(daemon.world.now, daemon.machine.world_time(due) + ROUNDING_S)
         if when < self._timer_at:
             self._timer_at = when
             daemon.world.at(when, daemon.process.deliver, self._timer, when)
@@ -247,7 +252,7 @@ class Locking:
         self._timer_at = float("inf")
         assert self.core is not None
         due = self.core.next_timer()
-        if due is not None and due <= self.daemon.now + 1e-9:
+        if due is not None and due <= self.daemon.now:
             self.step(lock_events.TimerDue())
         else:
             self._set_timer()
@@ -290,8 +295,8 @@ class Locking:
                 self.daemon.cluster.network.send(self.daemon, peer, numbered)
             return True
         if message.number == channel.received + 1:
-            if self.core is None:
-                self.daemon.cluster.oracle.fail(f"{self.daemon.name} has no locks for {message}")
+            assert self.daemon.node is not None
+            self._begin(self.daemon.node)
             channel.received += 1
             self.step(lock_events.Deliver(message.message))
         return True

@@ -49,6 +49,10 @@ class Holder(Protocol):
     def lease_left_s(self) -> float:
         """Of its own clock; negative: it has run out."""
 
+    @property
+    def has_left(self) -> bool:
+        """It has given up every lock, and wants none any more."""
+
 
 class Oracle:
     """See the module's docstring."""
@@ -139,7 +143,8 @@ class Oracle:
         """Some member has declared that whatever ``node`` held may be granted to others."""
         if node in self.grantable:
             return
-        if daemon is not None and daemon.serves and daemon.lease_left_s > 0:
+        counts = daemon is not None and daemon.serves and not daemon.has_left
+        if daemon is not None and counts and daemon.lease_left_s > 0:
             self.fail(
                 f"{by} grants what {daemon.name} held, whose lease runs for"
                 f" {daemon.lease_left_s:.3f} s more"
@@ -151,7 +156,7 @@ class Oracle:
 
     def renews(self, daemon: Holder) -> None:
         """A daemon believes to have a lease."""
-        if daemon.node in self.grantable and daemon.lease_left_s > 0:
+        if daemon.node in self.grantable and daemon.lease_left_s > 0 and not daemon.has_left:
             self.fail(f"{daemon.name} renews its lease after what it held may be granted")
 
     # -- 3 ---------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
+ROUNDING_S = 1e-6
+"""A timer of a host's clock fires so much late, never early, whatever is rounded."""
+
 Resume = Callable[[object], None]
 """Takes a value, or an exception to be raised."""
 
