@@ -98,4 +98,5 @@ class ClaimMembership:
 def _session(kind: SessionKind, path: Registration) -> Session:
     key = PathKey.parse(path.key)
     assert key is not None, f"{path.key:#x} is no key of a path"
-    return Session(kind, key.generation, path.key, path.device.port.name, path.device.port.isid)
+    port = path.device.port
+    return Session(kind, key.generation, path.key, port.name, port.isid, path.device.portal)
