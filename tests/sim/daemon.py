@@ -21,6 +21,7 @@ from tests.sim.locking import Locking
 from tests.sim.network import Endpoint
 from tests.sim.paths import Paths, kill_sessions, owner_of
 from tests.sim.target import SimTarget
+from tests.sim.words import in_words
 from tests.sim.world import ROUNDING_S, Process
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Daemon:
         cluster.steps += 1
         for effect in followed:
             if world.tracing and type(effect) not in _QUIET:
-                world.trace(self.name, f"    {_words(effect)}")
+                world.trace(self.name, f"    {in_words(effect)}")
             cluster.coverage.effect(effect)
             self.do(self._carry_out, effect)
         if cluster.steps % 100 == 0:
@@ -172,9 +173,9 @@ class Daemon:
     def _trace_event(self, event: events.Event) -> None:
         if isinstance(event, events.Done):
             if not isinstance(event.outcome, Good):
-                self.world.trace(self.name, f"op {event.op}: {event.outcome}")
+                self.world.trace(self.name, f"op {event.op}: {in_words(event.outcome)}")
         elif type(event) not in _QUIET:
-            self.world.trace(self.name, _words(event))
+            self.world.trace(self.name, in_words(event))
 
     def _set_timer(self) -> None:
         due = self.member.next_timer()
@@ -350,11 +351,6 @@ class Daemon:
             return
         if self.known is not None and other.node in self.known.listed:
             self.step(events.Received(other.node, message))  # type: ignore[arg-type]
-
-
-def _words(what: object) -> str:
-    text = str(what)
-    return text if len(text) < 400 else text[:400] + " ..."
 
 
 _QUIET = {

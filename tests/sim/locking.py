@@ -18,6 +18,7 @@ from lockmgr.core import LockCore
 from lockmgr.mastering import node_number, slot_and_incarnation
 from lockmgr.messages import AnyMessage
 from tests.sim.application import Application
+from tests.sim.words import in_words
 from tests.sim.world import ROUNDING_S, Resume
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Locking:
         cluster = daemon.cluster
         world = cluster.world
         if world.tracing and type(event) is not lock_events.TimerDue:
-            world.trace(daemon.name, f"  locks: {str(event)[:300]}")
+            world.trace(daemon.name, f"  locks: {in_words(event)}")
         followed = core.step(event, daemon.now)
         cluster.steps += 1
         cluster.coverage.lock_event(event)

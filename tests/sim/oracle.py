@@ -179,6 +179,8 @@ class Oracle:
     def granted(self, daemon: Holder, name: bytes, value: bytes | None) -> None:
         """A claim of this node was granted, and this value block came with it (None: not valid)."""
         self.grants += 1
+        if daemon.node in self.grantable:
+            return  # its core does not know yet; it answers nobody
         home = self.content.home_of(name).version
         node = daemon.node
         for slot, journal in self.content.journals.items():
