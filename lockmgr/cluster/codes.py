@@ -1,0 +1,82 @@
+"""Every message there is, its code and its limits. Codes are never used again for something else.
+
+1 to 15      the connection itself
+16 to 63     locks: requests and grants, recovery, deadlocks
+64 to 95     byte ranges
+96 to 127    membership
+128 on       layers above, which register with a registry of their own making (`new_registry`)
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from lockmgr import messages as locks
+from lockmgr import ranges_messages as ranges
+from lockmgr.cluster import messages as members
+from lockmgr.cluster.codec import Registry
+from lockmgr.cluster.view import MAX_SLOTS
+from lockmgr.cluster.wire import GOODBYE_CODE, HELLO_CODE, Goodbye, Hello
+
+STATES: Final = 256
+"""States in one `Reassert`."""
+WAITS: Final = 4096
+"""Waits of one kind in one `Waits`."""
+
+_SMALL: Final[dict[int, type]] = {
+    HELLO_CODE: Hello,
+    GOODBYE_CODE: Goodbye,
+    16: locks.Request,
+    17: locks.Cancel,
+    18: locks.Lower,
+    19: locks.AskGlimpse,
+    20: locks.Granted,
+    21: locks.Refused,
+    22: locks.Blocking,
+    23: locks.Unblocking,
+    24: locks.Probe,
+    33: locks.Reasserted,
+    34: locks.Thaw,
+    35: locks.Settled,
+    48: locks.Suspicion,
+    49: locks.AskWaits,
+    64: ranges.RangeLock,
+    65: ranges.RangeLower,
+    66: ranges.RangeForget,
+    67: ranges.RangeTest,
+    68: ranges.RangeCancel,
+    70: ranges.RangeAnswer,
+    71: ranges.RangeTested,
+    72: ranges.RangeLost,
+    97: members.TakeOver,
+    98: members.YouHold,
+    99: members.AskLease,
+    100: members.LeaseGiven,
+    101: members.Leave,
+    102: members.Ready,
+    103: members.ReplayDone,
+    104: members.EvictAsked,
+    105: members.DeathReported,
+    106: members.JoinRefused,
+}
+"""Those for which the usual limits do: 4 KiB, 64 items in an array."""
+
+
+def new_registry() -> Registry:
+    """All messages of this package."""
+    registry = Registry()
+    for code, kind in _SMALL.items():
+        registry.register(kind, code)
+    # A glimpse's answer is as long as the owner makes it: a batch of a directory's files.
+    registry.register(locks.GlimpseAnswer, 25, limit_bytes=1 << 16)
+    registry.register(locks.Reassert, 32, limit_bytes=1 << 18, max_items=STATES)
+    registry.register(locks.Waits, 50, limit_bytes=1 << 20, max_items=WAITS)
+    registry.register(locks.Victim, 51, limit_bytes=1 << 16)
+    registry.register(
+        ranges.RangeReassert, 69, limit_bytes=1 << 16, max_items=ranges.HOLDS_PER_MESSAGE
+    )
+    registry.register(members.Announce, 96, limit_bytes=1 << 17, max_items=MAX_SLOTS)
+    return registry
+
+
+REGISTRY: Final = new_registry()
