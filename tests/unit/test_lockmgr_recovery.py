@@ -344,12 +344,17 @@ def test_a_newer_view_restarts_and_one_may_be_skipped() -> None:
 
 def test_a_value_that_died_with_its_master_is_not_valid() -> None:
     three = ChangingCluster(3, Settings(cache_limit=0, min_hold_s=0.0))
+    interested = held(three, 1, AT[2], CR)
     writer = held(three, 0, AT[2], PW)
     three.set_value(writer, b"1" * 64)
     three.release(writer)
-    interested = held(three, 1, AT[2], CR)
-    assert interested.lock is not None and interested.lock.value.data is None
+    three.convert(interested, PR)
     three.settle()
+    assert interested.lock is not None and interested.lock.value.data == b"1" * 64
+    three.convert(interested, CR)
+    three.acquire(0, AT[2], PW)
+    three.settle()
+    three.release(next(claim for claim, node in three.held.items() if node == 0))
     writer = held(three, 0, AT[2], PW)
     three.set_value(writer, b"2" * 64)
     three.release(writer)
