@@ -26,16 +26,18 @@ takes it off the list. Whatever contradicts the maps raises `Damaged` before any
 
 What this module remembers between transactions (free units when last seen, where a group had a
 free metadata block) only shortens searches. `NoSpace` is said after every group was looked into.
+What statfs(2) tells is kept apart (`csvfs.allocation.space`), and follows only what is merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from csvfs.allocation.group import Group
 from csvfs.allocation.group_search import GroupSearch
 from csvfs.allocation.placement import data_offset
+from csvfs.allocation.space import SpaceCounts
 from csvfs.allocation.unit_map import (
     Found,
     count_free,
@@ -49,8 +51,8 @@ from csvfs.allocation.unit_map import (
 )
 from csvfs.engine.locks import Resources
 from csvfs.errors import Damaged
-from csvfs.journal.transaction import BlockKey, BlockReader, NeedLock, Transaction
-from csvfs.ondisk.block import BLOCKS_PER_UNIT, BlockType
+from csvfs.journal.transaction import BlockReader, NeedLock, Transaction
+from csvfs.ondisk.block import BLOCKS_PER_UNIT
 from csvfs.ondisk.geometry import UNITS_PER_MAP, Geometry
 from csvfs.ondisk.groups import UnitState, set_used_blocks, unit_state, used_blocks
 from lockmgr.modes import Mode
@@ -65,18 +67,6 @@ class Run(NamedTuple):
 
     first_unit: int
     units: int
-
-
-class Totals(NamedTuple):
-    """What statfs(2) tells."""
-
-    units: int
-    """All units of all groups."""
-    free_units: int
-    available_units: int
-    """Without the reserve."""
-    free_metadata_blocks: int
-    """In units that hold metadata already."""
 
 
 class _Candidate(NamedTuple):
@@ -100,6 +90,7 @@ class Groups:
 
     def __init__(self, geometry: Geometry, resources: Resources) -> None:
         self.geometry = geometry
+        self.space: Final = SpaceCounts(geometry)
         self._resources = resources
         self._seen_units: dict[int, int] = {}
         self._seen_blocks: dict[int, int] = {}
@@ -165,7 +156,7 @@ class Groups:
         for index, position, part in parts:
             set_states(group.edit_map(tx, index), position, part, UnitState.FREE)
             group.add(tx, units=part)
-        self._note(group)
+        self._note(tx, group)
 
     # -- metadata blocks -------------------------------------------------------------------
     def allocate_block(
@@ -208,7 +199,7 @@ class Groups:
         else:
             set_states(block, position, 1, UnitState.FREE)
             group.add(tx, units=1, blocks=1 - BLOCKS_PER_UNIT)
-        self._note(group)
+        self._note(tx, group)
 
     def is_metadata_block(self, reader: BlockReader, address: int) -> bool:
         """Whether the group's map says that this block is metadata and in use.
@@ -227,23 +218,6 @@ class Groups:
             used_blocks(block, position) >> block_number & 1
         )
 
-    def totals(self, reader: BlockReader, numbers: Sequence[int] | None = None) -> Totals:
-        """Sums over some groups, or all; asks for all their headers at once."""
-        geometry = self.geometry
-        if numbers is None:
-            numbers = range(geometry.group_count)
-        reader.require(
-            BlockKey(geometry.group_header(number), BlockType.GROUP_HEADER, number)
-            for number in numbers
-        )
-        groups = [Group(reader, geometry, number) for number in numbers]
-        return Totals(
-            sum(group.unit_count for group in groups),
-            sum(group.free_units for group in groups),
-            sum(group.available(False) for group in groups),
-            sum(group.free_metadata_blocks for group in groups),
-        )
-
     def _search(
         self,
         tx: Transaction,
@@ -254,8 +228,10 @@ class Groups:
     ) -> GroupSearch:
         return GroupSearch(self.geometry, self._resources, tx, goal, preferred, seen, measure)
 
-    def _note(self, group: Group) -> None:
-        """Remember what a group has left."""
+    def _note(self, tx: Transaction, group: Group) -> None:
+        """Remember what a group has left: for searches at once, for statfs(2) once it is true."""
+        left = group.number, group.free_units, group.free_metadata_blocks
+        tx.after_merge(lambda: self.space.merged(*left))
         self._seen_units[group.number] = _free_units(group)
         self._seen_blocks[group.number] = _free_blocks(group)
 
@@ -298,7 +274,7 @@ class Groups:
         group, index, (position, units) = candidate
         set_states(group.edit_map(tx, index), position, units, UnitState.DATA)
         group.add(tx, units=-units)
-        self._note(group)
+        self._note(tx, group)
         return Run(group.first_unit + index * UNITS_PER_MAP + position, units)
 
     def _take_partial(self, tx: Transaction, group: Group) -> int:
@@ -314,6 +290,7 @@ class Groups:
             if position is not None:
                 self._partial[group.number] = index
                 group.add(tx, blocks=-1)
+                self._note(tx, group)
                 return self._block(group, index, position, group.edit_map(tx, index))
         raise self._contradiction(group, "no free metadata block")
 
@@ -327,6 +304,7 @@ class Groups:
                 block = group.edit_map(tx, index)
                 set_states(block, position, 1, UnitState.METADATA)
                 group.add(tx, units=-1, blocks=BLOCKS_PER_UNIT - 1)
+                self._note(tx, group)
                 self._partial[group.number] = index
                 return self._block(group, index, position, block)
         raise self._contradiction(group, "no free unit")

@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 
-from csvfs.allocation.allocator import Groups, Run, Totals
+from csvfs.allocation.allocator import Groups, Run
 from csvfs.allocation.group import RESERVE_UNITS, Group
+from csvfs.allocation.space import Totals
 from csvfs.engine.locks import Resources
 from csvfs.errors import Damaged, NoSpace
 from csvfs.journal.transaction import BlockReader, Transaction
@@ -30,6 +31,8 @@ class Volume:
             first = self.geometry.group_first_unit(number)
             header = GroupHeader.fresh(number, first, self.geometry.group_units(number))
             self.blocks.home[header.address] = bytes(header.encode(VOLUME_ID, 1))
+            with self.groups.space.reading():
+                self.groups.space.was_read(number, header.free_units, 0)
 
     def allocate(
         self,
@@ -61,7 +64,21 @@ class Volume:
         return self.blocks.run(lambda reader: self.groups.is_metadata_block(reader, address))
 
     def totals(self) -> Totals:
-        return self.blocks.run(self.groups.totals)
+        """As the headers say; what is kept for statfs(2) says the same."""
+
+        def body(reader: BlockReader) -> Totals:
+            groups = [Group(reader, self.geometry, number) for number in self.numbers]
+            return Totals(
+                sum(group.unit_count for group in groups),
+                sum(group.free_units for group in groups),
+                sum(group.available(False) for group in groups),
+                sum(group.free_metadata_blocks for group in groups),
+            )
+
+        found = self.blocks.run(body)
+        assert self.groups.space.totals() == found
+        self.groups.space.check()
+        return found
 
     def fill(self, privileged: bool = False) -> int:
         """Allocate until nothing is left: how many units that were."""

@@ -166,6 +166,8 @@ class AllocatorMachine(RuleBasedStateMachine):
     @invariant()
     def equals_the_model(self) -> None:
         assert self.volume.states() == (self.data, self.blocks)
+        free = self.volume.totals().free_units
+        assert free == sum(self.available(group, True) for group in self.volume.numbers)
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
