@@ -133,8 +133,10 @@ class DataPath:
         """Write ``data`` at ``offset`` (at the end of the file, if it was opened with O_APPEND).
 
         Returns how many bytes were written: all, unless the file reached its greatest size or
-        space ran out within them. ``data`` must not change meanwhile. Raises `BadHandle`,
-        `FileTooBig`, `NoSpace`, `DataLost`, `VolumeFailed`.
+        space ran out within them. ``data`` must not change meanwhile. Nothing is stable before
+        `fsync`, with O_SYNC and O_DSYNC neither: who answers the write waits for that too
+        (`csvfs.operations`), since in the end each request has such flags of its own. Raises
+        `BadHandle`, `FileTooBig`, `NoSpace`, `DataLost`, `VolumeFailed`.
         """
         if not handle.writable:
             raise BadHandle(f"the file {handle.ino} was not opened for writing")
