@@ -34,7 +34,7 @@ invariants (`check`):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from enum import Enum
 
 from lockmgr.messages import HeldState, Resource, ValueBlock
@@ -59,16 +59,23 @@ class Claim:
         "holder",
         "lock",
         "mode",
+        "owner",
         "queue",
         "resource",
         "shared_here",
         "since",
         "state",
+        "wait",
         "wanted_mode",
     )
 
     def __init__(
-        self, resource: Resource, mode: Mode, shared_here: bool = False, holder: str = ""
+        self,
+        resource: Resource,
+        mode: Mode,
+        shared_here: bool = False,
+        holder: str = "",
+        owner: Hashable | None = None,
     ) -> None:
         self.resource = resource
         self.mode = mode
@@ -77,11 +84,16 @@ class Claim:
         self.shared_here = shared_here
         self.holder = holder
         """Who this is, for people."""
+        self.owner = owner
+        """Whoever holds this claim while it awaits others with the same owner (a transaction, a
+        task); it awaits one at a time. None: it awaits nothing else, as far as deadlocks go."""
         self.state = ClaimState.NEW
         self.lock: NodeLock | None = None
         """Set while the claim is granted."""
         self.since = 0.0
         self.deadline: float | None = None
+        self.wait = 0
+        """Which wait of this node it is, while it waits; never used again."""
         self.queue = True
         """False: to be denied rather than to wait for a holder."""
 
@@ -281,7 +293,7 @@ class NodeLock:
         """What the node must hold for its claims and this one."""
         return JOIN[self.all_modes][claim.wanted_mode]
 
-    def _passable(self, obstacle: Obstacle | None) -> bool:
+    def passable(self, obstacle: Obstacle | None) -> bool:
         """May later claims overtake one that has this obstacle?
 
         Nobody may be held up by one that cannot go in before the demotion has ended, if the
@@ -296,7 +308,7 @@ class NodeLock:
         whose way it stands.
         """
         ahead = self.converting[: self.converting.index(claim)]
-        ahead = [other for other in ahead if not self._passable(self.obstacle(other))]
+        ahead = [other for other in ahead if not self.passable(self.obstacle(other))]
         return not ahead or any(
             not COMPATIBLE[claim.mode][other.wanted_mode]
             and not (claim.shared_here and other.shared_here)
@@ -310,14 +322,14 @@ class NodeLock:
             obstacle = self.obstacle(claim)
             if obstacle is None and self.has_turn(claim):
                 return claim
-            held_up = held_up or not self._passable(obstacle)
+            held_up = held_up or not self.passable(obstacle)
         if held_up:
             return None
         for claim in self.waiting:
             obstacle = self.obstacle(claim)
             if obstacle is None:
                 return claim
-            if obstacle is Obstacle.GATE or not self._passable(obstacle):
+            if obstacle is Obstacle.GATE or not self.passable(obstacle):
                 return None
         return None
 

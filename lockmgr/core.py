@@ -14,14 +14,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from lockmgr.claim import ClaimState
+from lockmgr.deadlock import Search
 from lockmgr.events import (
+    Acquire,
     Cleared,
+    Convert,
     Deliver,
     Effect,
     EpochRefused,
     Event,
     JournalsReplayed,
     Send,
+    TimerDue,
     ViewChanged,
 )
 from lockmgr.mastering import Choose, Mastering, rendezvous
@@ -55,6 +60,7 @@ class LockCore:
         nowhere = Mastering(listed, choose).master_of
         self.locks = NodeLocks(node, epoch, nowhere, settings or Settings())
         self.recovery = Recovery(node, epoch, listed, choose, self.locks)
+        self.search = Search(node, self.locks, self.recovery)
         self._early: list[AnyMessage] = []
 
     @property
@@ -86,6 +92,12 @@ class LockCore:
                 effects = self.recovery.told(nodes, _NOBODY)
             case JournalsReplayed(nodes):
                 effects = self.recovery.told(_NOBODY, nodes)
+            case TimerDue():
+                effects = self.locks.step(event, now) + self.search.time_passed(now)
+            case Acquire(claim) | Convert(claim):
+                effects = self.locks.step(event, now)
+                if claim.state is ClaimState.WAITING or claim.state is ClaimState.CONVERTING:
+                    self.search.watch(claim, now)
             case _:
                 effects = self.locks.step(event, now)
         if not any(type(effect) is Send for effect in effects):
@@ -113,6 +125,7 @@ class LockCore:
         effects = self.recovery.view_changed(view, now)
         if self.epoch == before:
             return effects
+        self.search.view_changed(now)
         early, self._early = self._early, []
         for message in early:
             effects += self._deliver(message, now)
@@ -133,11 +146,12 @@ class LockCore:
             return self.locks.receive(message, now)
         if isinstance(message, Recovering):
             return self.recovery.receive(message)
-        raise NotImplementedError(message)
+        return self.search.receive(message, now)
 
     def next_timer(self) -> float | None:
         """When the next `TimerDue` is due; None: not before another event."""
-        return self.locks.next_timer()
+        timers = [self.locks.next_timer(), self.search.next_timer()]
+        return min((when for when in timers if when is not None), default=None)
 
     def statistics(self) -> Statistics:
         """Counters and gauges."""
@@ -151,6 +165,7 @@ class LockCore:
             shed=counters.shed,
             glimpses=counters.glimpses,
             timeouts=counters.timeouts,
+            deadlocks=counters.deadlocks,
             locks=len(self.locks.locks),
             idle=len(self.locks.idle),
             mastered=len(self.master.resources),

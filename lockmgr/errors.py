@@ -2,6 +2,7 @@
 
 LockError
 +-- LockTimeout (also TimeoutError)   the lock was not granted in time; names who has it
++-- LockDeadlock                      the wait closed a cycle, and was the youngest in it
 +-- ManagerClosed                     the lock manager has been closed
 `-- ProtocolViolation                 a message that no correct peer sends; a bug, never handled
 """
@@ -28,6 +29,14 @@ class LockTimeout(LockError, TimeoutError):
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.snapshot.sentence()}"
+
+
+class LockDeadlock(LockError):
+    """The wait was one of a cycle, and the youngest: it will never end unless somebody gives way.
+
+    The claim is gone (a conversion: keeps its old mode). Release what else this owner holds, and
+    begin again. The message names every wait of the cycle.
+    """
 
 
 class ManagerClosed(LockError):

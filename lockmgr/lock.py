@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,15 +25,21 @@ class Lock(Claim):
     ``with`` and ``async with`` release it at the end, unless it has been released before.
     """
 
-    __slots__ = ("_manager", "_snapshot", "_task")
+    __slots__ = ("_deadlock", "_manager", "_snapshot", "_task")
 
     def __init__(
-        self, manager: LockManager, resource: Resource, mode: Mode, shared_here: bool
+        self,
+        manager: LockManager,
+        resource: Resource,
+        mode: Mode,
+        shared_here: bool,
+        owner: Hashable | None = None,
     ) -> None:
-        super().__init__(resource, mode, shared_here)
+        super().__init__(resource, mode, shared_here, owner=owner)
         self._manager = manager
         self._task: trio.lowlevel.Task | None = None
         self._snapshot: LockSnapshot | None = None
+        self._deadlock: str | None = None
 
     @property
     def held(self) -> bool:
@@ -62,9 +68,9 @@ class Lock(Claim):
     async def convert(self, mode: Mode, *, timeout_s: float | None = None) -> None:
         """Have ``mode`` instead; until then, and if it fails, keep the present one.
 
-        Conversions go before new claims. Two holders that both convert to a stronger mode wait
-        for each other for ever: convert only where the order of locks excludes that, or with a
-        timeout. Raises `LockTimeout`.
+        Conversions go before new claims. Of two holders that both convert to a stronger mode one
+        is denied, after a while: convert where the order of locks excludes that. Raises
+        `LockTimeout`, `LockDeadlock`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         patience = Patience.NO_QUEUE if timeout_s == 0 else Patience.QUEUE

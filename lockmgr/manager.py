@@ -18,7 +18,7 @@ the same instant, or it had been granted before and the task is told so; never b
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,7 +28,7 @@ import trio
 from lockmgr import events
 from lockmgr.claim import Claim, ClaimState
 from lockmgr.core import LockCore
-from lockmgr.errors import LockTimeout, ManagerClosed
+from lockmgr.errors import LockDeadlock, LockTimeout, ManagerClosed
 from lockmgr.events import Patience
 from lockmgr.lock import Acquisition, Lock
 from lockmgr.messages import Resource
@@ -112,23 +112,31 @@ class LockManager:
         mode: Mode,
         shared_here: bool = False,
         timeout_s: float | None = None,
+        owner: Hashable | None = None,
     ) -> Acquisition:
         """Await a `Lock` on ``resource``, or hold it with ``async with``.
 
         ``shared_here``: stand beside every other claim of this node that says so too, whatever
         the modes; towards other nodes and other claims the mode counts as it is. ``timeout_s`` 0:
         ask the master, but wait for no holder. A task that already holds the resource must not
-        acquire it again; it converts.
+        acquire it again; it converts. ``owner``: who holds this and awaits other locks meanwhile,
+        under the same name there; what is to be found in a cycle of waits has one.
 
-        Raises `LockTimeout`, `ManagerClosed`.
+        Raises `LockTimeout`, `LockDeadlock`, `ManagerClosed`.
         """
-        return Acquisition(self, Lock(self, resource, mode, shared_here), timeout_s)
+        return Acquisition(self, Lock(self, resource, mode, shared_here, owner), timeout_s)
 
-    def try_acquire(self, resource: Resource, mode: Mode, shared_here: bool = False) -> Lock | None:
+    def try_acquire(
+        self,
+        resource: Resource,
+        mode: Mode,
+        shared_here: bool = False,
+        owner: Hashable | None = None,
+    ) -> Lock | None:
         """A `Lock` within this instant, or None: it would have to wait, be it for a holder, for
         a demotion, or for the answer of a master on another node. To be called in a trio task.
         """
-        lock = Lock(self, resource, mode, shared_here)
+        lock = Lock(self, resource, mode, shared_here, owner)
         lock.holder = trio.lowlevel.current_task().name
         if self.core.locks.try_claim(lock, trio.current_time()):
             return lock
@@ -167,6 +175,8 @@ class LockManager:
         snapshot = lock._snapshot
         if snapshot is not None:
             lock._snapshot = None
+            if lock._deadlock is not None:
+                raise LockDeadlock(f"{lock.holder} could not have {what}: {lock._deadlock}")
             waited_s = trio.current_time() - started
             verb = "acquire" if before is ClaimState.NEW else "convert to"
             raise LockTimeout(
@@ -249,9 +259,10 @@ class LockManager:
             match effect:
                 case events.Grant(claim):
                     self._wake(claim)
-                case events.Deny(claim, snapshot):
+                case events.Deny(claim, snapshot, deadlock):
                     assert isinstance(claim, Lock)
                     claim._snapshot = snapshot
+                    claim._deadlock = deadlock
                     self._wake(claim)
                 case events.Demote(resource, to_mode):
                     self._nursery.start_soon(self._demote, resource, to_mode)

@@ -270,8 +270,9 @@ class AskWaits(RecoveryMessage):
 class WaitingClaim:
     """A claim that waits; ``wait`` is never used again by its node. ``owner`` numbers the owner.
 
-    ``behind``: owners of this node that stand in its way. ``request``: the serial of the node's
-    request to the master on which it depends, 0: none.
+    ``holders``: owners of this node that hold what excludes it. ``behind``: waits of this node that
+    are before it. ``request``: the serial of the node's request to the master on which it depends,
+    0: none.
     """
 
     wait: int
@@ -279,6 +280,7 @@ class WaitingClaim:
     words: str
     resource: bytes
     age_s: float
+    holders: tuple[int, ...]
     behind: tuple[int, ...]
     request: int
 

@@ -280,6 +280,15 @@ class NodeLocks(Progress):
                 self._advance(lock)
         return self._finish()
 
+    def sacrifice(self, claim: Claim, words: str, now: float) -> list[Effect]:
+        """Deny a claim that waits, to break the cycle that ``words`` tells."""
+        self._now = now
+        lock = self.locks[claim.resource.name]
+        self.counters.deadlocks += 1
+        self._deny(lock, claim, words)
+        self._advance(lock)
+        return self._finish()
+
     # -- messages --------------------------------------------------------------------------
     def _granted(self, message: Granted) -> None:
         lock = self._answered_lock(message)

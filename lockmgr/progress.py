@@ -251,6 +251,6 @@ class Progress:
             lock.waiting.remove(claim)
             claim.state = ClaimState.NEW
 
-    def _deny(self, lock: NodeLock, claim: Claim) -> None:
-        self._out.append(Deny(claim, lock.snapshot(self._now)))
+    def _deny(self, lock: NodeLock, claim: Claim, deadlock: str | None = None) -> None:
+        self._out.append(Deny(claim, lock.snapshot(self._now), deadlock))
         self._unqueue(lock, claim)

@@ -233,7 +233,8 @@ class MasteredResource:
         )
 
     # -- blocking notifications ------------------------------------------------------------
-    def _in_the_way(self, queued: Queued) -> list[int]:
+    def in_the_way(self, queued: Queued) -> list[int]:
+        """Nodes that hold what excludes ``queued``."""
         compatible = COMPATIBLE[queued.mode]
         return [
             node
@@ -243,7 +244,7 @@ class MasteredResource:
 
     def _tell(self, out: list[NodeBound]) -> None:
         for queued in (*self.converting, *self.waiting):
-            for node in self._in_the_way(queued):
+            for node in self.in_the_way(queued):
                 if node not in queued.told:
                     queued.told.add(node)
                     out.append(Blocking(self.resource, self.epoch, node, queued.mode))
@@ -274,7 +275,7 @@ class MasteredResource:
         assert self._next_conversion() is None
         assert self.converting or not self.waiting or not self._fits(self.waiting[0])
         for queued in (*self.converting, *self.waiting):
-            assert queued.told.issuperset(self._in_the_way(queued)), queued
+            assert queued.told.issuperset(self.in_the_way(queued)), queued
 
 
 _HANDLERS: dict[type, Callable[..., None]] = {

@@ -15,6 +15,8 @@ class Settings:
     """Demotions for want of room that run at the same time."""
     min_hold_s: float = 0.01
     """How long a granted lock stays with the node though others wait."""
+    deadlock_after_s: float | None = 2.0
+    """How long a claim waits before the cluster is searched for a deadlock; None: never."""
 
 
 @dataclass(slots=True)
@@ -29,3 +31,4 @@ class Counters:
     shed: int = 0
     glimpses: int = 0
     timeouts: int = 0
+    deadlocks: int = 0

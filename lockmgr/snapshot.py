@@ -78,6 +78,8 @@ class Statistics:
     """Demotions begun because the cache was full."""
     glimpses: int
     timeouts: int
+    deadlocks: int
+    """Claims of this node that were denied to break a cycle."""
     locks: int
     """Gauge: resources on which this node holds or awaits a lock."""
     idle: int

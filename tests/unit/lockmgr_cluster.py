@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lockmgr.claim import Claim, ClaimState, Phase
 from lockmgr.core import LockCore
@@ -61,6 +62,8 @@ def by_first_byte(placement: bytes, members: Sequence[int]) -> int:
 class Cluster:
     """``nodes`` cores, resources mastered by the first byte of their placement."""
 
+    finds_deadlocks = False
+
     def __init__(
         self,
         nodes: int,
@@ -69,6 +72,8 @@ class Cluster:
     ) -> None:
         self.now = 0.0
         self.settings = settings or Settings()
+        if not self.finds_deadlocks:
+            self.settings = replace(self.settings, deadlock_after_s=None)
         self.choose = choose
         self.cores = [
             LockCore(node, 3, self.settings, range(nodes), choose) for node in range(nodes)
@@ -106,8 +111,10 @@ class Cluster:
         shared: bool = False,
         patience: Patience = Patience.QUEUE,
         timeout_s: float | None = None,
+        owner: str | None = None,
     ) -> Claim:
-        claim = Claim(resource, mode, shared, f"task {self._step} of node {node}")
+        name = owner or f"task {self._step} of node {node}"
+        claim = Claim(resource, mode, shared, name, owner)
         self.waiting[claim] = node
         if patience is Patience.NONE and self.cores[node].locks.try_claim(claim, self.now):
             self._granted(claim)
@@ -192,7 +199,9 @@ class Cluster:
     def settle(self) -> None:
         """Deliver everything, let every owner finish and every minimum hold end."""
         for _ in range(10_000):
-            timers = [due for _, core in self.living if (due := core.next_timer()) is not None]
+            timers = [
+                due for _, core in self.living if (due := core.locks.next_timer()) is not None
+            ]
             deadlines = {claim.deadline for claim in self.waiting}
             if self.busy_channels:
                 self.deliver(*self.busy_channels[0])
@@ -219,8 +228,10 @@ class Cluster:
             case Grant(claim):
                 assert self.waiting[claim] == node
                 self._granted(claim)
-            case Deny(claim):
+            case Deny(claim, _, deadlock):
                 assert self.waiting.pop(claim) == node
+                if deadlock is not None:
+                    self._sacrificed(claim, deadlock)
                 state = ClaimState.HELD if claim in self.held else ClaimState.NEW
                 assert claim.state is state
             case Demote(resource, to_mode):
@@ -249,6 +260,9 @@ class Cluster:
                 self.emptied.add(node)
             case _:
                 self._carry_out_change(node, effect)
+
+    def _sacrificed(self, claim: Claim, words: str) -> None:
+        raise AssertionError(f"{claim}, though nobody looks for deadlocks: {words}")
 
     def _carry_out_change(self, node: int, effect: Effect) -> None:
         raise AssertionError(f"{effect} on node {node}, though no view has changed")

@@ -1,0 +1,254 @@
+"""Deadlocks are found and broken; nobody is denied who was in none.
+
+The oracle needs no graph: in a copy of the whole cluster, with nobody looking for deadlocks, every
+owner that does not wait releases what it has, again and again. Who still waits then waits for ever.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+
+from lockmgr.claim import Claim, ClaimState
+from lockmgr.deadlock import shortest_cycle
+from lockmgr.events import Deliver, Effect, Event, TimerDue
+from lockmgr.messages import Deadlocks, Resource, Victim, Waits
+from lockmgr.modes import Mode
+from lockmgr.settings import Settings
+from tests.unit.lockmgr_changing import ChangingCluster
+
+NL, CR, CW, PR, PW, EX = Mode
+AT = [Resource(b"at %d" % node, bytes([node])) for node in range(5)]
+AFTER_S = 2.0
+
+
+class Suspicious(ChangingCluster):
+    """Looks for deadlocks, and checks each verdict against the oracle."""
+
+    finds_deadlocks = True
+
+    def __init__(self, nodes: int, min_hold_s: float = 0.0) -> None:
+        settings = Settings(min_hold_s=min_hold_s, deadlock_after_s=AFTER_S)
+        super().__init__(nodes, settings)
+        self.victims: list[tuple[Claim, str]] = []
+        self.strict = True
+        self._before: Suspicious | None = None
+        self._copied: dict[int, object] = {}
+
+    def step(self, node: int, event: Event) -> list[Effect]:
+        decides = isinstance(event, TimerDue) or (
+            isinstance(event, Deliver) and isinstance(event.message, Waits | Victim)
+        )
+        if decides and self.strict:
+            self._before = None
+            self._copied = {}
+            self._before = copy.deepcopy(self, self._copied)
+        return super().step(node, event)
+
+    def _sacrificed(self, claim: Claim, words: str) -> None:
+        self.victims.append((claim, words))
+        if self.strict:
+            assert self._before is not None
+            copied = self._copied[id(claim)]
+            assert copied in self._before.stuck(), f"{claim} was in no deadlock: {words}"
+
+    def stuck(self) -> set[Claim]:
+        """Who waits for ever if nobody gives way. Uses the cluster up."""
+        self.strict = False
+        for _, core in self.living:
+            core.search._after_s = core.search._suspect_at = None
+        for channel in self.channels.values():
+            for message in [one for one in channel if isinstance(one, Deadlocks)]:
+                channel.remove(message)
+        while True:
+            self.settle()
+            if not self.release_idle():
+                return set(self.waiting)
+
+    def release_idle(self) -> bool:
+        """Owners that do not wait release what they have; False: there are none."""
+        busy = {(node, claim.owner) for claim, node in self.waiting.items() if claim.owner}
+        idle = [
+            claim
+            for claim, node in self.held.items()
+            if claim.state is ClaimState.HELD and (node, claim.owner) not in busy
+        ]
+        for claim in idle:
+            self.release(claim)
+        return bool(idle)
+
+    def search(self) -> None:
+        """Let every suspicion become due."""
+        self.sleep(AFTER_S * 40)
+        self.settle()
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_two_owners_with_two_locks(nodes: int) -> None:
+    cluster = Suspicious(nodes)
+    a, b = 0, nodes - 1
+    first, second = AT[0], AT[nodes - 1] if nodes > 1 else Resource(b"other", b"\0")
+    cluster.acquire(a, first, EX, owner="alice")
+    cluster.acquire(b, second, EX, owner="bob")
+    cluster.settle()
+    elder = cluster.acquire(a, second, EX, owner="alice")
+    cluster.sleep(0.5)
+    younger = cluster.acquire(b, first, EX, owner="bob")
+    cluster.settle()
+    assert not cluster.victims
+    cluster.search()
+    ((victim, words),) = cluster.victims
+    assert victim is younger
+    assert words.startswith(f"bob on node {b}, which wants EX of {first.name!r}; waits for alice")
+    assert words.count("; waits for ") == 2
+    cluster.release_idle()
+    cluster.settle()
+    assert elder in cluster.held
+
+
+def test_two_readers_that_both_convert() -> None:
+    cluster = Suspicious(2)
+    claims = [cluster.acquire(node, AT[0], PR) for node in (0, 1)]
+    cluster.settle()
+    for claim in claims:
+        cluster.convert(claim, EX)
+        cluster.sleep(0.1)
+    cluster.search()
+    ((victim, words),) = cluster.victims
+    assert victim is claims[1] and victim.state is ClaimState.HELD and victim.mode is PR
+    assert "which has PR and wants EX" in words
+    cluster.release(victim)
+    cluster.settle()
+    assert claims[0] in cluster.held and claims[0].mode is EX
+
+
+def test_a_queue_is_waited_for_too() -> None:
+    """Alice may stand beside Bob, but not before Carol, who waits for Bob."""
+    cluster = Suspicious(3)
+    cluster.acquire(1, AT[0], PR, owner="bob")
+    cluster.acquire(2, AT[1], EX, owner="alice")
+    cluster.settle()
+    carol = cluster.acquire(0, AT[0], EX, owner="carol")
+    cluster.settle()
+    alice = cluster.acquire(2, AT[0], PR, owner="alice")
+    cluster.settle()
+    bob = cluster.acquire(1, AT[1], PR, owner="bob")
+    cluster.settle()
+    assert set(cluster.waiting) == {carol, alice, bob}
+    cluster.search()
+    assert len(cluster.victims) == 1
+
+
+def test_a_long_wait_is_no_deadlock() -> None:
+    cluster = Suspicious(3)
+    cluster.acquire(0, AT[1], EX, owner="alice")
+    cluster.acquire(1, AT[2], EX, owner="bob")
+    cluster.settle()
+    cluster.acquire(1, AT[1], EX, owner="bob")
+    cluster.settle()
+    for _ in range(10):
+        cluster.search()
+    assert not cluster.victims
+
+
+def test_another_view_begins_the_search_anew() -> None:
+    cluster = Suspicious(4)
+    cluster.acquire(1, AT[1], EX, owner="alice")
+    cluster.acquire(2, AT[2], EX, owner="bob")
+    cluster.settle()
+    cluster.acquire(1, AT[2], EX, owner="alice")
+    cluster.acquire(2, AT[1], EX, owner="bob")
+    cluster.settle()
+    cluster.sleep(AFTER_S + 0.1)
+    cluster.deliver(1, 0)
+    cluster.kill(0)
+    cluster.change_view()
+    cluster.recover()
+    cluster.search()
+    assert len(cluster.victims) == 1
+
+
+def test_shortest_cycle() -> None:
+    a, b, c, d = ((0, number) for number in range(4))
+    assert shortest_cycle({}) is None
+    assert shortest_cycle({a: frozenset({b}), b: frozenset({c})}) is None
+    assert shortest_cycle({a: frozenset({a})}) == [a]
+    edges = {a: frozenset({b}), b: frozenset({c}), c: frozenset({a, d}), d: frozenset({c})}
+    assert shortest_cycle(edges) == [c, d]
+
+
+class History:
+    """Owners that take locks in any order."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        self.nodes = rng.choice([1, 2, 3])
+        self.cluster = Suspicious(self.nodes, rng.choice([0.0, 0.2]))
+        self.resources = [Resource(b"r%d" % n, bytes([n])) for n in range(rng.choice([2, 3, 4]))]
+        self.modes = rng.choice([(PR, EX), tuple(Mode), (CR, CW, PR, PW, EX)])
+
+    def run(self) -> int:
+        for _ in range(100):
+            self.rng.choice([*[self._own] * 5, *[self._network] * 8, self._sleep])()
+        return self._end()
+
+    def _own(self) -> None:
+        node, owner = self.rng.randrange(self.nodes), f"owner {self.rng.randrange(3)}"
+        cluster = self.cluster
+        if any(claim.owner == owner and where == node for claim, where in cluster.waiting.items()):
+            return
+        mine = [
+            claim for claim, where in cluster.held.items() if where == node and claim.owner == owner
+        ]
+        what = self.rng.random()
+        resource, mode = self.rng.choice(self.resources), self.rng.choice(self.modes)
+        if mine and what < 0.15:
+            cluster.convert(self.rng.choice(mine), mode)
+        elif mine and what < 0.3:
+            for claim in mine:
+                cluster.release(claim)
+        elif all(claim.resource is not resource for claim in mine):
+            cluster.acquire(node, resource, mode, owner=owner)
+
+    def _network(self) -> None:
+        cluster = self.cluster
+        if cluster.busy_channels and self.rng.random() < 0.8:
+            cluster.deliver(*self.rng.choice(cluster.busy_channels))
+        elif cluster.demoting:
+            cluster.demoted(*self.rng.choice(sorted(cluster.demoting, key=repr)))
+
+    def _sleep(self) -> None:
+        self.cluster.sleep(self.rng.choice([0.1, 1.0, 3.0]))
+
+    def _end(self) -> int:
+        cluster = self.cluster
+        for _ in range(60):
+            cluster.settle()
+            cluster.release_idle()
+            cluster.settle()
+            if not cluster.waiting and not cluster.held:
+                return len(cluster.victims)
+            cluster.sleep(AFTER_S * 20)
+        raise AssertionError(f"nobody gives way: {list(cluster.waiting)}")
+
+
+def _run(seeds: range) -> None:
+    found = 0
+    for seed in seeds:
+        try:
+            found += History(seed).run()
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+    assert found > len(seeds) / 4
+
+
+def test_histories() -> None:
+    _run(range(60))
+
+
+@pytest.mark.full
+def test_many_histories() -> None:
+    _run(range(1000, 3000))
