@@ -48,6 +48,9 @@ _SMALL: Final[dict[int, type]] = {
     70: ranges.RangeAnswer,
     71: ranges.RangeTested,
     72: ranges.RangeLost,
+    80: ranges.RangeSuspicion,
+    81: ranges.AskRangeWaits,
+    83: ranges.RangeVerdict,
     97: members.TakeOver,
     98: members.YouHold,
     99: members.AskLease,
@@ -58,6 +61,7 @@ _SMALL: Final[dict[int, type]] = {
     104: members.EvictAsked,
     105: members.DeathReported,
     106: members.JoinRefused,
+    107: members.Thawed,
 }
 """Those for which the usual limits do: 4 KiB, 64 items in an array."""
 
@@ -75,6 +79,7 @@ def new_registry() -> Registry:
     registry.register(
         ranges.RangeReassert, 69, limit_bytes=1 << 16, max_items=ranges.HOLDS_PER_MESSAGE
     )
+    registry.register(ranges.RangeWaits, 82, limit_bytes=1 << 20, max_items=ranges.EDGES_PER_WAIT)
     registry.register(members.Announce, 96, limit_bytes=1 << 17, max_items=MAX_SLOTS)
     return registry
 

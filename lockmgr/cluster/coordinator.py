@@ -1,7 +1,7 @@
 """What the coordinator does, and in which order.
 
-    publish   1  write the view, without those who depart        (from here they get no lease)
-              2  READ KEYS; fence every key of those who depart  (a new holder: of all not listed)
+    publish   1  write the view, without those who go            (from here they get no lease)
+              2  READ KEYS; fence every key of those who go      (a new holder: of all not listed)
               3  read the heartbeat blocks again                 (when were their last renewals?)
               4  install it, announce it
     later     5  their leases are over, or their deaths proven: say so to all
@@ -137,12 +137,15 @@ def publish(st: NodeState, before: View, after: View, *, everything: bool) -> St
     st.condemned |= departing
     yield from st.do(WriteView(st.op(), after))
     st.current = after
+    gone = frozenset(before.listed) - frozenset(after.listed)
     fenced = frozenset(after.to_replay) if everything else departing
-    if everything or departing:
+    if everything or gone:
         survey = yield from st.ask(Survey(st.op()), Surveyed)
-        keys = tuple(key for key in survey.keys if _is_to_fence(st, after, key, fenced, everything))
-        yield from st.do(Fence(st.op(), keys, tuple(sorted(fenced))))
-        yield from look(st)
+        keys = tuple(key for key in survey.keys if _is_to_fence(st, after, key, gone, everything))
+        # Also who leaves cleanly may have left keys behind, of sessions that it lost earlier.
+        if everything or departing or keys:
+            yield from st.do(Fence(st.op(), keys, tuple(sorted(fenced))))
+            yield from look(st)
         for node in fenced - st.cleared:
             last_change = st.judge.changed_at(node, st.now)
             st.over_at[node] = st.given.over_at(node, last_change)
@@ -152,14 +155,14 @@ def publish(st: NodeState, before: View, after: View, *, everything: bool) -> St
 
 
 def _is_to_fence(
-    st: NodeState, view: View, key: int, fenced: frozenset[NodeId], everything: bool
+    st: NodeState, view: View, key: int, gone: frozenset[NodeId], everything: bool
 ) -> bool:
     if key == st.path_key:
         return False
     owner = st.keys.owner(key)
     if everything:
         return owner is None or not view.lists(*owner)
-    return owner in fenced
+    return owner in gone
 
 
 def look(st: NodeState) -> Steps[None]:

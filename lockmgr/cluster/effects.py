@@ -118,9 +118,9 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Unregister:
-    """Unregister and log out every own path but the one with key ``keep`` (0: all): Good(None) if
-    none of the others is registered any more, be it because somebody has preempted it. On whatever
-    sessions there still are."""
+    """Unregister and log out every open path but the one with key ``keep`` (0: all): Good(None) if
+    none of the others is registered any more, be it because somebody has preempted it. What a
+    session that was lost earlier has left registered stays so: the coordinator fences it."""
 
     op: int
     keep: int

@@ -65,6 +65,7 @@ from lockmgr.cluster.messages import (
     Ready,
     ReplayDone,
     TakeOver,
+    Thawed,
     YouHold,
 )
 from lockmgr.cluster.newcomer import join
@@ -211,6 +212,7 @@ class Member:
                 self._tell_coordinator()
             case LocksThawed(lock_epoch):
                 st.thawed = max(st.thawed, lock_epoch)
+                self._tell_coordinator()
             case LeaveWanted():
                 if st.leaving_since is None:
                     st.leaving_since = st.now
@@ -277,6 +279,8 @@ class Member:
                     st.lagging.add(peer)
             case Ready():
                 st.ready.add(peer)
+            case Thawed(lock_epoch):
+                st.thawed = max(st.thawed, lock_epoch)
             case ReplayDone(node):
                 view_now = st.view
                 if view_now is not None and view_now.slots[node.slot].replay_by == peer.slot:
@@ -304,6 +308,8 @@ class Member:
             return
         if ready:
             st.send(coordinator, Ready())
+        if view.joining and st.thawed == view.lock_epoch and view.state_of(st.me) is _ACTIVE:
+            st.send(coordinator, Thawed(st.thawed))
         for node in replayed:
             st.send(coordinator, ReplayDone(node))
         for node in sorted(st.dead):
@@ -388,6 +394,7 @@ class Member:
             assert self._awaits in self._outstanding
 
 
+_ACTIVE = SlotState.ACTIVE
 _PROCEDURES_A_STEP = 4
 """A procedure that ends without I/O is followed by the next at once; more often than this in one
 step would be a loop, and the next tick goes on."""

@@ -65,6 +65,14 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Thawed:
+    """To the coordinator, from an active node: the locks are recovered. A coordinator that is
+    still joining itself takes no part in locking, and would not know."""
+
+    lock_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplayDone:
     """To the coordinator, from the node that the view told to replay."""
 
@@ -101,6 +109,7 @@ Message = (
     | LeaseGiven
     | Leave
     | Ready
+    | Thawed
     | ReplayDone
     | EvictAsked
     | DeathReported

@@ -207,6 +207,8 @@ class Host:
                 self.inbox.append(event)
             return
         if isinstance(event, Done):
+            if event.op not in self.outstanding:
+                return  # its session broke, which was said already
             del self.outstanding[event.op]
         effects = self.member.step(event, self.world.now)
         self.member.check()
@@ -336,6 +338,10 @@ class World:
             host.unanswered.add(op)
             self.at(self.now + IO_S * 0.7, partial(host.give, Done(op, Unknown())))
         self.at(self.now + IO_S * 0.8, partial(host.give, PathLost(keys)))
+
+    def _give_up(self, host: Host, op: int) -> None:
+        if op in host.outstanding and not host.dead:
+            self.break_session(host)
 
     def heal_san(self, host: Host) -> None:
         self.san_cuts.discard(host.name)
@@ -476,6 +482,7 @@ class World:
             host.hold_view = False
             view = effect.view
             self.lun.late.append(lambda: self._write_view(view))
+            self.at(self.now + LOSS_S, lambda: self._give_up(host, effect.op))
             return None
         return Good(self._command(host, session, effect))
 
