@@ -286,7 +286,7 @@ class Application:
         paths = self.daemon.paths
         while True:
             data = paths.data
-            if data is None or (paths.unproven and self.daemon.cluster.proves):
+            if data is None or not paths.usable:
                 await self._path()
                 continue
             try:

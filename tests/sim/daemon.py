@@ -213,18 +213,15 @@ class Daemon:
     def _do_io(self, effect: effects.IoEffect) -> None:
         def done(outcome: Outcome) -> None:
             self.cluster.coverage.outcome(effect, outcome)
-            self._learn(outcome)
+            value = outcome.value if isinstance(outcome, Good) else None
+            surveyed = value.survey if isinstance(value, Opened) else value
+            if isinstance(surveyed, Surveyed):
+                self._knows(surveyed.view)
             self.step(events.Done(effect.op, outcome))
-            if isinstance(effect, effects.OpenPaths) and isinstance(outcome, Good):
-                self.locking.paths_opened()
+            if isinstance(effect, effects.OpenPaths) and isinstance(value, Opened):
+                self.locking.paths_opened(value.survey.view)
 
         self.process.start(self.paths.carry_out(effect), done)
-
-    def _learn(self, outcome: Outcome) -> None:
-        value = outcome.value if isinstance(outcome, Good) else None
-        surveyed = value.survey if isinstance(value, Opened) else value
-        if isinstance(surveyed, Surveyed):
-            self._knows(surveyed.view)
 
     def _knows(self, view: View) -> None:
         if self.known is None or view.epoch > self.known.epoch:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lockmgr import events as lock_events
 from lockmgr.cluster import effects, events
-from lockmgr.cluster.view import NodeId
+from lockmgr.cluster.view import NodeId, View
 from lockmgr.core import LockCore
 from lockmgr.mastering import node_number, slot_and_incarnation
 from lockmgr.messages import AnyMessage
@@ -133,20 +133,26 @@ class Locking:
         self.daemon.step(events.Replayed(node))
 
     # -- paths ---------------------------------------------------------------------------------
-    def paths_opened(self) -> None:
-        """There is a data path; use it once nothing of those before it can still land."""
-        if not self._proving:
+    def paths_opened(self, view: View) -> None:
+        """There is a data path, registered, and this view was read on it.
+
+        It may be used if that lists this incarnation, and once nothing of those before it can land.
+        """
+        node = self.daemon.node
+        self.daemon.paths.listed = node is not None and view.lists(*node)
+        if not self._proving and self.daemon.paths.listed:
             self._proving = True
             self.daemon.process.start(self._prove())
 
     async def _prove(self) -> None:
         daemon = self.daemon
         paths = daemon.paths
-        while paths.unproven and (data := paths.data) is not None and daemon.serves:
+        while paths.unproven and (data := paths.data) is not None and paths.listed:
             if not await self.daemon.cluster.prove(paths, data):
                 await daemon.process.sleep(0.2)
         self._proving = False
-        if paths.data is not None and not paths.unproven:
+        if paths.data is not None and paths.listed:
+            paths.usable = True
             self.application.path_is_usable()
 
     def lease_renewed(self) -> None:

@@ -67,6 +67,10 @@ class Paths:
         self.newcomer: Registration | None = None
         self.control: Registration | None = None
         self.data: Registration | None = None
+        self.listed = False
+        """The view that was read on the present paths lists this incarnation."""
+        self.usable = False
+        """And nothing of the data sessions before is on its way."""
         self.unproven: dict[InitiatorPort, None] = {}
         """Ports of own lost data sessions: what was sent over them may still land."""
         self.silent: Callable[[], tuple[int, ...]] = tuple
@@ -98,10 +102,12 @@ class Paths:
 
     def drop(self) -> None:
         """Both paths, for good."""
+        self.listed = self.usable = False
         self._forget_data()
-        for registration in (self.control, self.data):
-            self._close(registration)
+        control, data = self.control, self.data
         self.control = self.data = None
+        self._close(control)
+        self._close(data)
 
     def _forget_data(self) -> None:
         if self.data is not None:

@@ -62,7 +62,7 @@ def _number(value: int, name: str) -> str:
         if path is None:
             return f"newcomer-{value & 0xFFFF:04x}"
         return f"{path.slot}.{path.incarnation}/{path.generation}"
-    if (name in _LOCK_NODES and value >> INCARNATION_BITS) or name == "members":
+    if name in _LOCK_NODES:
         slot, incarnation = slot_and_incarnation(value)
         return f"{slot}.{incarnation}"
     return str(value)
