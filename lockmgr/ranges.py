@@ -154,11 +154,17 @@ class Holdings:
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A request that waits, since ``since`` on the master's clock."""
+    """A request that waits, since ``since`` on the master's clock.
+
+    ``doubt_at``: when a deadlock that goes through other masters is to be looked for, ``doubt_s``
+    after the last time.
+    """
 
     message: RangeLock
     since: float
     patient: bool = True
+    doubt_at: float = 0.0
+    doubt_s: float = 0.0
 
 
 def _same_space(a: Owner, b: Owner) -> bool:

@@ -52,7 +52,7 @@ from lockmgr.ranges_messages import (
     RangeLock,
     RangeLost,
     RangeLower,
-    RangeMessage,
+    RangeMasterBound,
     RangeNodeBound,
     RangeReassert,
     RangeTest,
@@ -126,7 +126,7 @@ class RangeClient:
         self._serials += 1
         return self._serials
 
-    def _send(self, message: RangeMessage) -> None:
+    def _send(self, message: RangeMasterBound) -> None:
         self._out.append(RangeSend(self._master_of(message.resource), message))
 
     def _ask(self, ticket: int | None, message: RangeOperation) -> None:

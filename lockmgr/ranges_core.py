@@ -1,19 +1,28 @@
 """Byte-range locks of a whole node: its own, and the files it masters, in one pure core.
 
 As `lockmgr.core` does for the six modes: what one half says to the other is delivered within the
-step, in order; what is for other nodes leaves as `RangeSend`.
+step, in order; what is for other nodes leaves as `RangeSend`. ``members`` and ``coordinator`` are
+for the detection of deadlocks that go through several masters.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lockmgr.messages import Resource
 from lockmgr.ranges_client import RangeClient
+from lockmgr.ranges_deadlock import RangeDetector
 from lockmgr.ranges_events import RangeEffect, RangeEpochRefused, RangeEvent, RangeSend
 from lockmgr.ranges_master import RANGES_PER_OWNER, RangeMaster
-from lockmgr.ranges_messages import RangeMessage, RangeNodeBound
+from lockmgr.ranges_messages import (
+    AskRangeWaits,
+    RangeDeadlocks,
+    RangeMessage,
+    RangeNodeBound,
+    RangeSuspicion,
+    RangeVerdict,
+)
 
 
 class RangeCore:
@@ -25,11 +34,15 @@ class RangeCore:
         epoch: int,
         master_of: Callable[[Resource], int],
         *,
+        members: Sequence[int] | None = None,
+        coordinator: int | None = None,
         may_grant: Callable[[Resource], bool] = lambda _resource: True,
         ranges_per_owner: int = RANGES_PER_OWNER,
     ) -> None:
         self.node = node
         self.epoch = epoch
+        self.coordinator = node if coordinator is None else coordinator
+        self.detector = RangeDetector(epoch, (node,) if members is None else members)
         self.client = RangeClient(node, epoch, master_of)
         self.master = RangeMaster(epoch, may_grant=may_grant, ranges_per_owner=ranges_per_owner)
 
@@ -42,10 +55,18 @@ class RangeCore:
         return self._settle(self._receive(message, now), now)
 
     def new_epoch(
-        self, epoch: int, master_of: Callable[[Resource], int], now: float
+        self,
+        epoch: int,
+        master_of: Callable[[Resource], int],
+        now: float,
+        *,
+        members: Sequence[int],
+        coordinator: int,
     ) -> list[RangeEffect]:
         """A new view: freeze, and re-assert. Followed by `thaw` when every node has done so."""
         self.epoch = epoch
+        self.coordinator = coordinator
+        self.detector = RangeDetector(epoch, members)
         self.master.freeze(epoch)
         return self._settle(self.client.new_epoch(epoch, master_of, now), now)
 
@@ -57,13 +78,34 @@ class RangeCore:
         """``may_grant`` has changed its mind for some files."""
         return self._settle(_to_nodes(self.master.reopened(now)), now)
 
-    def refuse(self, resource: Resource, node: int, serial: int, now: float) -> list[RangeEffect]:
-        """A deadlock between masters is ended at this wait (EDEADLK)."""
-        return self._settle(_to_nodes(self.master.refuse(resource, node, serial, now)), now)
+    # -- deadlocks through several masters -------------------------------------------------
+    def new_coordinator(self, coordinator: int, members: Sequence[int]) -> None:
+        """Another coordinator in the same epoch; a search for deadlocks begins anew."""
+        self.coordinator = coordinator
+        self.detector = RangeDetector(self.epoch, members)
 
-    def overtake(self, resource: Resource, node: int, serial: int, now: float) -> list[RangeEffect]:
-        """A circle between masters that only fairness closes is opened at this wait."""
-        return self._settle(_to_nodes(self.master.overtake(resource, node, serial, now)), now)
+    def next_timer(self) -> float | None:
+        """When `timer_due` is to be called; None: no time matters."""
+        return self.master.next_timer()
+
+    def timer_due(self, now: float) -> list[RangeEffect]:
+        """The time that `next_timer` named has come."""
+        if not self.master.take_doubts(now):
+            return []
+        suspicion = RangeSuspicion(self.epoch, self.node)
+        return self._settle([RangeSend(self.coordinator, suspicion)], now)
+
+    def _deadlocks(self, message: RangeDeadlocks, now: float) -> list[RangeEffect]:
+        if isinstance(message, RangeVerdict):
+            return _to_nodes(self.master.judge(message, now))
+        if isinstance(message, AskRangeWaits):
+            answers = self.master.waits(message, self.node, now)
+            return [RangeSend(self.coordinator, answer) for answer in answers]
+        if self.coordinator != self.node:
+            return []  # it was, a moment ago; whoever suspects will do so again
+        if isinstance(message, RangeSuspicion):
+            return _to_nodes(self.detector.suspect())
+        return _to_nodes(self.detector.receive(message))
 
     def _settle(self, effects: list[RangeEffect], now: float) -> list[RangeEffect]:
         out: list[RangeEffect] = []
@@ -81,13 +123,18 @@ class RangeCore:
             return [RangeEpochRefused(message)]
         if isinstance(message, RangeNodeBound):
             return self.client.receive(message, now)
+        if isinstance(message, RangeDeadlocks):
+            return self._deadlocks(message, now)
         return _to_nodes(self.master.step(message, now))
 
     def check(self) -> None:
         """Assert the invariants of both halves."""
         self.client.check()
+        self.detector.check()
         self.master.check()
 
 
-def _to_nodes(answers: list[RangeNodeBound]) -> list[RangeEffect]:
+def _to_nodes(
+    answers: Sequence[RangeNodeBound | AskRangeWaits | RangeVerdict],
+) -> list[RangeEffect]:
     return [RangeSend(answer.node, answer) for answer in answers]

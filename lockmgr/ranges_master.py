@@ -2,9 +2,8 @@
 
 A message changes one file; then whoever can be granted is, and what that and new waits do to the
 graph of waits (`lockmgr.ranges_waits`) is resolved: deadlocks of POSIX owners, and fairness that
-would be one. Circles through several masters are not seen here: `waits` exports this master's part,
-and whoever has all parts ends a circle with `refuse` (EDEADLK), or with `overtake` where it closes
-only by fairness.
+would be one. Circles through several masters are not seen here: `waits` exports this master's
+part, and the coordinator ends a circle with a verdict (`lockmgr.ranges_deadlock`).
 
 Recovery. `freeze` begins an epoch with nothing known: every node says what it holds
 (`RangeReassert`), then repeats what it had no answer to. Nothing is answered before `thaw`, except
@@ -25,7 +24,9 @@ from lockmgr.messages import Resource
 from lockmgr.ranges import RangeLocks, Waiting
 from lockmgr.ranges_messages import (
     END,
+    WAITS_PER_MESSAGE,
     Access,
+    AskRangeWaits,
     Kind,
     Outcome,
     Owner,
@@ -41,6 +42,8 @@ from lockmgr.ranges_messages import (
     RangeReassert,
     RangeTest,
     RangeTested,
+    RangeVerdict,
+    RangeWaits,
 )
 from lockmgr.ranges_snapshot import RangeSnapshot, RangeWait
 from lockmgr.ranges_waits import WaitGraph
@@ -128,7 +131,7 @@ class RangeMaster:
             if message.owner.kind is Kind.POSIX and self._graph.deadlock(file, message):
                 self._answer(message, Outcome.DEADLOCK)
             else:
-                self._graph.add(file, file.enqueue(message, self._now))
+                self._graph.add(file, file.enqueue(message, self._now), self._now)
                 self._changed.append(message.owner)
         else:
             self._answer(message, outcome)
@@ -226,39 +229,37 @@ class RangeMaster:
         for file, _waiting in held_back:
             self._serve(file)
 
-    def waits(self) -> tuple[RangeWait, ...]:
-        """All that waits in the files of this master."""
-        return tuple(
-            self._describe(file, waiting)
-            for file in self.files.values()
-            for waiting in file.waiting
-        )
+    # -- circles through several masters ---------------------------------------------------
+    def next_timer(self) -> float | None:
+        """When `take_doubts` is due; None: no time matters."""
+        return self._graph.next_doubt()
 
-    def _describe(self, file: RangeLocks, waiting: Waiting) -> RangeWait:
-        return RangeWait(
-            file.resource,
-            waiting.message,
-            max(0.0, self._now - waiting.since),
-            tuple(file.obstacles(waiting.message)),
-            tuple(ahead.message.owner for ahead in file.ahead_of(waiting)),
-        )
+    def take_doubts(self, now: float) -> bool:
+        """Has something waited for so long that all masters' waits should be looked at?"""
+        return self._graph.take_doubts(now)
 
-    def refuse(
-        self, resource: Resource, node: int, serial: int, now: float
-    ) -> list[RangeNodeBound]:
-        """A deadlock between masters was found, and this wait ends it. Nothing if it is gone."""
+    def waits(self, asked: AskRangeWaits, node: int, now: float) -> list[RangeWaits]:
+        """This master's answer, in parts."""
+        edges = list(self._graph.edges(now))
+        parts = [
+            tuple(edges[at : at + WAITS_PER_MESSAGE])
+            for at in range(0, len(edges), WAITS_PER_MESSAGE)
+        ]
+        return [
+            *(RangeWaits(self.epoch, node, asked.round, part, last=False) for part in parts),
+            RangeWaits(self.epoch, node, asked.round, (), last=True),
+        ]
+
+    def judge(self, verdict: RangeVerdict, now: float) -> list[RangeNodeBound]:
+        """A circle of waits ends here. Nothing if that request does not wait any more."""
         self._now = now
-        self._give_up(resource, node, serial, Outcome.DEADLOCK)
-        return self._finish()
-
-    def overtake(
-        self, resource: Resource, node: int, serial: int, now: float
-    ) -> list[RangeNodeBound]:
-        """A circle between masters was found that only fairness closes at this wait."""
-        self._now = now
-        file = self.files.get(resource.name)
+        waiter = (verdict.waiter, verdict.serial)
+        if not verdict.overtake:
+            self._give_up(verdict.resource, *waiter, Outcome.DEADLOCK)
+            return self._finish()
+        file = self.files.get(verdict.resource.name)
         for waiting in file.waiting if file is not None else ():
-            if (waiting.message.node, waiting.message.serial) == (node, serial):
+            if (waiting.message.node, waiting.message.serial) == waiter:
                 assert file is not None
                 waiting.patient = False
                 self._serve(file)
@@ -323,6 +324,15 @@ class RangeMaster:
                 tuple(self._describe(file, waiting) for waiting in file.waiting),
             )
             for file in self.files.values()
+        )
+
+    def _describe(self, file: RangeLocks, waiting: Waiting) -> RangeWait:
+        return RangeWait(
+            file.resource,
+            waiting.message,
+            max(0.0, self._now - waiting.since),
+            tuple(file.obstacles(waiting.message)),
+            tuple(ahead.message.owner for ahead in file.ahead_of(waiting)),
         )
 
     def check(self) -> None:

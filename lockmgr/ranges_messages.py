@@ -5,6 +5,8 @@ channels between two nodes are FIFO and lose nothing within an epoch.
 
     node to master      RangeLock, RangeLower, RangeForget, RangeTest, RangeCancel, RangeReassert
     master to node      RangeAnswer, RangeTested, RangeLost
+    master to coordinator, about circles of waits      RangeSuspicion, RangeWaits
+    coordinator to master                              AskRangeWaits, RangeVerdict
 
 invariants:
 - each RangeLock, RangeLower and RangeForget is answered by exactly one RangeAnswer with its serial,
@@ -22,10 +24,15 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
-from lockmgr.messages import Message
+from lockmgr.messages import Message, RecoveryMessage, Resource
 
 END: Final = 1 << 63
 """``end_bytes`` of a range to the end of the file, however far the file grows (POSIX: l_len 0)."""
+
+WAITS_PER_MESSAGE: Final = 16
+EDGES_PER_WAIT: Final = 512
+"""A `RangeWaits` has at most so many waits, and each so many owners of either kind; what is beyond
+that may hide a circle."""
 
 HOLDS_PER_MESSAGE: Final = 512
 """A `RangeReassert` has at most so many; a node sends as many of them as it needs."""
@@ -176,9 +183,6 @@ class RangeTested(Message):
     conflict: RangeHold | None
 
 
-RangeMasterBound = RangeLock | RangeLower | RangeForget | RangeTest | RangeCancel | RangeReassert
-
-
 @dataclass(frozen=True, slots=True)
 class RangeLost(Message):
     """flock: the owner asked for another access and has lost what it had; the answer to what it
@@ -187,5 +191,52 @@ class RangeLost(Message):
     owner: Owner
 
 
+# -- circles of waits through several masters --------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class WaitEdges:
+    """The request ``serial`` of ``owner`` waits for the holders ``behind``, and lets the earlier
+    requests of ``held_back_by`` go first."""
+
+    resource: Resource
+    owner: Owner
+    serial: int
+    waited_s: float
+    behind: tuple[Owner, ...]
+    held_back_by: tuple[Owner, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RangeSuspicion(RecoveryMessage):
+    """Something has waited for long at the sender."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskRangeWaits(RecoveryMessage):
+    """What waits at the addressee?"""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class RangeWaits(RecoveryMessage):
+    """Part of the answer; the end of it, if ``last``."""
+
+    round: int
+    waits: tuple[WaitEdges, ...]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RangeVerdict(Message):
+    """The request ``serial`` of node ``waiter`` is in a circle: refuse it, or let it ``overtake``.
+    Nothing, if it does not wait any more."""
+
+    waiter: int
+    serial: int
+    overtake: bool
+
+
+RangeMasterBound = RangeLock | RangeLower | RangeForget | RangeTest | RangeCancel | RangeReassert
 RangeNodeBound = RangeAnswer | RangeTested | RangeLost
-RangeMessage = RangeMasterBound | RangeNodeBound
+RangeDeadlocks = RangeSuspicion | AskRangeWaits | RangeWaits | RangeVerdict
+RangeMessage = RangeMasterBound | RangeNodeBound | RangeDeadlocks

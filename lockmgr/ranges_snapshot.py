@@ -18,7 +18,7 @@ class RangeWait:
     behind: tuple[RangeHold, ...]
     """One hold of each owner in the way."""
     held_back_by: tuple[Owner, ...]
-    """Owners of earlier requests that fairness lets go first; `RangeMaster.overtake` ends that."""
+    """Owners of earlier requests that fairness lets go first; a `RangeVerdict` may end that."""
 
     def __str__(self) -> str:
         request = self.request

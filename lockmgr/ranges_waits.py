@@ -13,21 +13,29 @@ such an edge is none in Linux, so the request that is held back loses its patien
 A new circle has an owner in it that has just begun to wait, or that has been granted something
 while it waits elsewhere; so only these need to be looked at.
 
+A circle may go through other masters too. So a request that has waited `FIRST_DOUBT_S` is a reason
+to look for one (`lockmgr.ranges_deadlock`), and again each time it has waited four times as long.
+
 invariants (`check`):
-- both indexes have exactly what waits
+- all indexes have exactly what waits
 - no circle goes through a patient request that is held back by others
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from itertools import islice
+from typing import Final, TypeVar
 
 from lockmgr.ranges import RangeLocks, Waiting
-from lockmgr.ranges_messages import Kind, Owner, RangeLock
+from lockmgr.ranges_messages import EDGES_PER_WAIT, Kind, Owner, RangeLock, WaitEdges
+from lockmgr.timers import Timers
 
 Process = Owner | tuple[int, int]
 """(node, pid), or an owner whose process is not known."""
+
+FIRST_DOUBT_S: Final = 0.5
+DOUBT_GROWS: Final = 4
 
 FileWait = tuple[RangeLocks, Waiting]
 
@@ -42,7 +50,7 @@ def process_of(owner: Owner) -> Process:
 class WaitGraph:
     """All that waits in the files of one master, by owner and by process."""
 
-    __slots__ = ("_all", "_by_owner", "_by_process")
+    __slots__ = ("_all", "_by_owner", "_by_process", "_doubts")
 
     def __init__(self) -> None:
         self._all: dict[Waiting, RangeLocks] = {}
@@ -50,12 +58,49 @@ class WaitGraph:
         self._by_owner: dict[Owner, list[FileWait]] = {}
         self._by_process: dict[Process, list[FileWait]] = {}
 
-    def add(self, file: RangeLocks, waiting: Waiting) -> None:
+        self._doubts: Timers[Waiting] = Timers(self._still_due)
+
+    def _still_due(self, when: float, waiting: Waiting) -> bool:
+        return waiting in self._all and waiting.doubt_at == when
+
+    def add(self, file: RangeLocks, waiting: Waiting, now: float) -> None:
         """It waits in ``file``."""
+        self._doubt(waiting, now, FIRST_DOUBT_S)
         self._all[waiting] = file
         owner = waiting.message.owner
         self._by_owner.setdefault(owner, []).append((file, waiting))
         self._by_process.setdefault(process_of(owner), []).append((file, waiting))
+
+    def _doubt(self, waiting: Waiting, now: float, after_s: float) -> None:
+        waiting.doubt_s = after_s
+        waiting.doubt_at = now + after_s
+        self._doubts.set(waiting.doubt_at, waiting)
+
+    def next_doubt(self) -> float | None:
+        """When `take_doubts` will have something to say."""
+        return self._doubts.next()
+
+    def take_doubts(self, now: float) -> bool:
+        """Has something waited for so long that it may be a deadlock?"""
+        found = False
+        while (waiting := self._doubts.pop_due(now)) is not None:
+            found = True
+            self._doubt(waiting, now, waiting.doubt_s * DOUBT_GROWS)
+        return found
+
+    def edges(self, now: float) -> Iterator[WaitEdges]:
+        """All that waits, for whoever sees all masters."""
+        for waiting, file in self._all.items():
+            behind = (hold.owner for hold in file.obstacles(waiting.message))
+            ahead = dict.fromkeys(other.message.owner for other in file.ahead_of(waiting))
+            yield WaitEdges(
+                file.resource,
+                waiting.message.owner,
+                waiting.message.serial,
+                max(0.0, now - waiting.since),
+                tuple(islice(behind, EDGES_PER_WAIT)),
+                tuple(islice(ahead, EDGES_PER_WAIT)),
+            )
 
     def remove(self, file: RangeLocks, waiting: Waiting) -> None:
         """It waits no more."""

@@ -215,7 +215,16 @@ class RangeCluster(RuleBasedStateMachine):
             if not keep or not {*channel} <= {*self.cores}:
                 del self.channels[channel]
         for node, core in self.cores.items():
-            self._carry_out(node, core.new_epoch(self.epoch, self._master_of, self.now))
+            self._carry_out(
+                node,
+                core.new_epoch(
+                    self.epoch,
+                    self._master_of,
+                    self.now,
+                    members=self.members,
+                    coordinator=self.members[0],
+                ),
+            )
 
     def _asserting(self) -> bool:
         return any(
