@@ -38,10 +38,18 @@ class DropNewcomer:
 
 @dataclass(frozen=True, slots=True)
 class OpenPaths:
-    """The slot block first (next generations, ISIDs, portals), then log in, REGISTER control and
-    data key, then survey on the control session: Good(Opened). The slot block is written on the
-    control session that is there, else on the newcomer's, else on a session of its own under a
-    newcomer's key that is dropped afterwards."""
+    """Good(Opened), in this order:
+
+    1  log in a control session, REGISTER the next generation's key of this incarnation
+    2  survey on it; if the view does not list the incarnation this is all, and nothing is written
+    3  write the slot block on it: both generations, ISIDs, portals
+    4  log in the data session, REGISTER, read the view on it
+
+    The slot block is written under a key of the incarnation, not under a temporary one: a host that
+    freezes between 2 and 3 may wake up when it was evicted and its slot is another's, and then only
+    its own incarnation's key is sure to be fenced. The control session is on the LUN after its
+    login; it never blocks a drain, so nobody has to reinstate it. The data session is there before.
+    """
 
     op: int
     slot: int

@@ -48,7 +48,7 @@ def _install(st: NodeState, view: View, cleared: frozenset[NodeId]) -> None:
     st.view = view
     if st.current is None or st.current.epoch < view.epoch:
         st.current = view
-    st.judge.set_nodes(view.listed, st.now)
+    st.judge.set_nodes(view.listed, st.now, view.joining)
     st.best = st.judge.verdict(st.now, direct=bool(st.path_key))
     coordinator = st.coordinator
     assert coordinator is not None, "a view is announced by a listed holder"

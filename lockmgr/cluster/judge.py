@@ -12,6 +12,9 @@ others say that they hear ends ``hears_s`` later. A verdict in between would fin
 never there. So when the first pair is broken the judge waits, ``spread_s`` at most, as long as
 other pairs are as good as broken. Who shows no life at all needs no such wait.
 
+Who is still joining costs no active member its place: the active ones are judged first, and of the
+joining those stay who are mutual with all of them.
+
 That a heartbeat block has *changed*, and the latest time at which it can have done so, is kept
 across gaps: a value that was read twice has not changed in between, whoever slept.
 
@@ -71,15 +74,19 @@ class Judge:
         """(a, b): when slot a last said that it hears slot b."""
         self._direct: dict[NodeId, bool] = {}
         self._by_slot: dict[int, NodeId] = {me.slot: me}
+        self._joining: frozenset[NodeId] = frozenset()
         self._sequences: dict[NodeId, int] = {}
-        self._verdicts: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
+        self._verdicts: dict[tuple[tuple[int, ...], int, int], tuple[int, ...]] = {}
         self._broken_since: float | None = None
         self._latest = 0.0
 
     # -- whom it is about --------------------------------------------------------------------
-    def set_nodes(self, nodes: Iterable[NodeId], now: float) -> None:
-        """These are listed now; who was not before is fresh."""
+    def set_nodes(
+        self, nodes: Iterable[NodeId], now: float, joining: Iterable[NodeId] = ()
+    ) -> None:
+        """These are listed now, some of them still joining; who was not before is fresh."""
         wanted = {*nodes, self.me}
+        self._joining = frozenset(joining)
         for node in wanted - self._fresh.keys():
             self._fresh[node] = now
             self._heard = {pair: t for pair, t in self._heard.items() if node.slot not in pair}
@@ -214,10 +221,11 @@ class Judge:
             self._broken_since = now
         if broken and doubtful and now - (self._broken_since or now) < spread:
             return frozenset(node for i, node in enumerate(nodes) if words[i])
-        question = (tuple(words), paths)
+        joining = sum(1 << i for i, node in enumerate(nodes) if node in self._joining)
+        question = (tuple(words), paths, joining)
         answer = self._verdicts.get(question)
         if answer is None:
-            answer = largest_mutual_set(words, paths)
+            answer = _who_stays(words, paths, joining)
             self._verdicts = {question: answer}
         return frozenset(nodes[i] for i in answer)
 
@@ -227,3 +235,15 @@ class Judge:
         assert self._latest <= now
         assert set(self._by_slot.values()) == self._fresh.keys()
         assert len(self._by_slot) == len(self._fresh), "two incarnations of one slot"
+
+
+def _who_stays(words: list[int], paths: int, joining: int) -> tuple[int, ...]:
+    active = [0 if joining >> i & 1 else word for i, word in enumerate(words)]
+    stay = largest_mutual_set(active, paths)
+    if not stay:
+        return largest_mutual_set(words, paths)
+    inside = sum(1 << i for i in stay)
+    fit = [
+        word if joining >> i & 1 and word & inside == inside else 0 for i, word in enumerate(words)
+    ]
+    return tuple(sorted((*stay, *largest_mutual_set(fit, joining))))

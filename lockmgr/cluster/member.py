@@ -282,8 +282,7 @@ class Member:
             case Thawed(lock_epoch):
                 st.thawed = max(st.thawed, lock_epoch)
             case ReplayDone(node):
-                view_now = st.view
-                if view_now is not None and view_now.slots[node.slot].replay_by == peer.slot:
+                if st.view is not None and st.view.replayer_of(node) == peer.slot:
                     st.replay_done.add(node)
             case EvictAsked(node, why):
                 st.asked.setdefault(node, why)

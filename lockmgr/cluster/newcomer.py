@@ -109,6 +109,7 @@ def _attempt(st: NodeState, search: _Search, key: int, survey: Surveyed) -> Step
     if listed is not None:
         yield from _move_in(st, listed, survey)
         return survey
+    _refuse_foreign(st, survey)
     blocks = yield from st.ask(ReadBlocks(st.op()), Blocks)
     st.watch.take(blocks.heartbeats, st.now)
     _refuse_duplicate(st, search, survey.view, blocks.heartbeats)
@@ -165,6 +166,17 @@ def may_succeed(st: NodeState, survey: Surveyed, *, quiet: bool) -> bool:
     if holder in st.own_keys:
         return True
     return not view.members and holder == view.holder_key
+
+
+def _refuse_foreign(st: NodeState, survey: Surveyed) -> None:
+    """Raises `Stopped` if somebody uses the LUN who is not of this cluster's making."""
+    for key in (survey.holder_key, *survey.keys):
+        if key and st.keys.owner(key) is None and not st.keys.is_newcomer(key):
+            raise Stopped(
+                StopReason.REFUSED,
+                f"the key {key:#x} is registered on the LUN, and no node of this cluster makes "
+                "such a key: another program uses the LUN. Find out which, before anything is written",
+            )
 
 
 def _refuse_duplicate(
@@ -262,6 +274,9 @@ def _succeed(st: NodeState, key: int, survey: Surveyed) -> Steps[None]:
     if seen.view.epoch != survey.view.epoch and not may_succeed(st, seen, quiet=False):
         # A member was faster with its view than this node with its PREEMPT: not mine to take.
         raise PathGone
+    for node in {st.keys.owner(old), st.keys.owner(seen.view.holder_key)} - {None}:
+        if node is not None:
+            st.given.other_held(st.watch.changed_at(node, st.now), st.now)
     view = _first_view(st, key, seen)
     slot = view.find(st.identity.fingerprint)
     assert slot is not None

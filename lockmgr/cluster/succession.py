@@ -53,7 +53,7 @@ def open_once(st: NodeState) -> Steps[Surveyed]:
     st.path_key, st.lost_keys, st.opened_at = opened.key, (), st.now
     if st.judge is None:
         st.judge = Judge(st.me, st.settings, st.watch)
-        st.judge.set_nodes(survey.view.listed, st.now)
+        st.judge.set_nodes(survey.view.listed, st.now, survey.view.joining)
     st.judge.restart(st.now)
     note_survey(st, survey)
     st.may_write = survey.holder_key != 0
@@ -96,14 +96,18 @@ def await_holder(st: NodeState) -> Steps[None]:
     after a grace by any listed one; RESERVE decides.
     """
     assert st.me is not None
-    since = st.now
+    since, holder_seen = st.now, 0
     while True:
         survey = yield from st.ask(Survey(st.op()), Surveyed)
         check_listed(st, survey.view)
         note_survey(st, survey)
-        if survey.holder_key != 0:
+        if survey.holder_key != 0 and holder_seen == survey.holder_key:
+            # The view of this survey was read when there was a holder already.
             st.may_write = True
             return
+        holder_seen = survey.holder_key
+        if survey.holder_key != 0:
+            continue
         if since <= st.slept_at:
             since = st.now
         first = st.keys.owner(survey.view.holder_key) == st.me
@@ -190,6 +194,9 @@ def is_deposable(st: NodeState, survey: Surveyed) -> bool:
         return True
     if st.me not in st.best:
         return False
+    if owner is None and not st.keys.is_newcomer(holder):
+        # A stranger's. To take the LUN from it is for people to decide.
+        return False
     if owner is None or not view.lists(*owner) or not st.judge.knows(owner):
         # A newcomer that came to nothing, or somebody whose view was never announced.
         return st.now - st.watched_since >= st.settings.evict_after_s
@@ -217,7 +224,7 @@ def take_office(st: NodeState, old_key: int) -> Steps[None]:
     st.may_write = True
     view = survey.view
     st.current = view
-    st.judge.set_nodes(view.listed, st.now)
+    st.judge.set_nodes(view.listed, st.now, view.joining)
     yield from look(st)
     for other in {old, st.keys.owner(view.holder_key)} - {st.me, None}:
         if other is not None:

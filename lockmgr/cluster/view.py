@@ -156,6 +156,11 @@ class View:
         entry = self.slots[node.slot]
         return entry.state if entry.incarnation == node.incarnation else SlotState.FREE
 
+    def replayer_of(self, node: NodeId) -> int:
+        """The slot of who is to replay its journal; `NOBODY` also if nothing is to be replayed."""
+        waits = self.state_of(node) is SlotState.NEEDS_REPLAY
+        return self.slots[node.slot].replay_by if waits else NOBODY
+
     def find(self, fingerprint: bytes) -> NodeId | None:
         """The listed incarnation with that certificate."""
         for node, slot in self._nodes():

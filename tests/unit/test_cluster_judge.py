@@ -50,6 +50,26 @@ def test_one_sided_hearing_is_none() -> None:
     assert judge.verdict(9.5, True) == {A, B}  # and not {A, C}: lexicographically lower
 
 
+def test_who_is_joining_costs_no_active_member_its_place() -> None:
+    judge = Judge(A, SETTINGS)
+    judge.set_nodes((A, B, C), 0.0, joining=(B,))
+    for n in range(20):
+        judge.take_beat(beat(B, n, A), n * 0.5)
+        judge.take_beat(beat(C, n, A), n * 0.5)
+    assert judge.verdict(9.5, True) == {A, C}
+
+
+def test_while_a_cut_does_not_show_everywhere_nobody_is_judged() -> None:
+    judge = judge_of_three()
+    for n in range(8):
+        judge.take_beat(beat(B, n, A, C), n * 0.5)
+        judge.take_beat(beat(C, n, A, B), n * 0.5 + 0.4)
+    for n in range(8, 16):  # datagrams to and from A stop; blocks tell what the others hear
+        judge.take_blocks((beat(B, n, C), beat(C, n, B)), n * 0.5)
+    assert judge.verdict(9.6, True) == {A, B, C}  # A and B are apart, A and C for 5.7 s
+    assert judge.verdict(10.1, True) == {B, C}
+
+
 def test_who_slept_starts_afresh_but_knows_what_did_not_change() -> None:
     judge = judge_of_three()
     judge.take_blocks((beat(B, 1),), 1.0)
