@@ -2,6 +2,9 @@
 
 The oracle needs no graph: in a copy of the whole cluster, with nobody looking for deadlocks, every
 owner that does not wait releases what it has, again and again. Who still waits then waits for ever.
+The same is asked of a copy in which only the waits of the cycle are left: a request of somebody
+else may let one of them overtake (a demotion opens a queue that waits for the master), but nobody
+can count on it. At the end of each history nobody may be left who waits.
 """
 
 from __future__ import annotations
@@ -34,34 +37,50 @@ class Suspicious(ChangingCluster):
         super().__init__(nodes, settings)
         self.victims: list[tuple[Claim, str]] = []
         self.strict = True
-        self._before: Suspicious | None = None
-        self._copied: dict[int, object] = {}
+        self._before: list[tuple[Suspicious, dict[int, object]]] = []
 
     def step(self, node: int, event: Event) -> list[Effect]:
         decides = isinstance(event, TimerDue) or (
             isinstance(event, Deliver) and isinstance(event.message, Waits | Victim)
         )
         if decides and self.strict:
-            self._before = None
-            self._copied = {}
-            self._before = copy.deepcopy(self, self._copied)
+            self._before.clear()
+            copies: list[tuple[Suspicious, dict[int, object]]] = []
+            for _ in range(2):
+                memo: dict[int, object] = {}
+                copies.append((copy.deepcopy(self, memo), memo))
+            self._before = copies
         return super().step(node, event)
 
     def _sacrificed(self, claim: Claim, words: str) -> None:
         self.victims.append((claim, words))
         if self.strict:
-            assert self._before is not None
-            copied = self._copied[id(claim)]
-            assert copied in self._before.stuck(), f"{claim} was in no deadlock: {words}"
+            (all_of_it, here), (the_cycle, there) = self._before
+            the_cycle.leave_only(words)
+            stuck = here[id(claim)] in all_of_it.stuck() or there[id(claim)] in the_cycle.stuck()
+            assert stuck, f"{claim} was in no deadlock: {words}"
 
-    def stuck(self) -> set[Claim]:
-        """Who waits for ever if nobody gives way. Uses the cluster up."""
+    def calm_down(self) -> None:
+        """Look for no deadlocks any more."""
         self.strict = False
         for _, core in self.living:
             core.search._after_s = core.search._suspect_at = None
         for channel in self.channels.values():
             for message in [one for one in channel if isinstance(one, Deadlocks)]:
                 channel.remove(message)
+
+    def leave_only(self, words: str) -> None:
+        """Withdraw the waits that are not in the cycle."""
+        self.calm_down()
+        for claim, node in list(self.waiting.items()):
+            who = f"{claim.holder} on node {node}, which"
+            what = f"wants {claim.wanted_mode} of {claim.resource.name!r}"
+            if (who not in words or what not in words) and claim in self.waiting:
+                self.withdraw(claim)
+
+    def stuck(self) -> set[Claim]:
+        """Who waits for ever if nobody gives way. Uses the cluster up."""
+        self.calm_down()
         while True:
             self.settle()
             if not self.release_idle():
@@ -246,7 +265,7 @@ def _run(seeds: range) -> None:
 
 
 def test_histories() -> None:
-    _run(range(60))
+    _run(range(50))
 
 
 @pytest.mark.full
