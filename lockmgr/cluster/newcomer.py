@@ -175,7 +175,7 @@ def _refuse_foreign(st: NodeState, survey: Surveyed) -> None:
             raise Stopped(
                 StopReason.REFUSED,
                 f"the key {key:#x} is registered on the LUN, and no node of this cluster makes "
-                "such a key: another program uses the LUN. Find out which, before anything is written",
+                "such a key: another program uses the LUN. Find out which before you go on",
             )
 
 
