@@ -71,7 +71,8 @@ def test_a_cut_connection_is_no_error(tgt: Tgt, host: Host) -> None:
             for n in range(30):
                 file.write(bytes([n]) * 65536)
                 if n % 10 == 5:
-                    assert tgt.cut() == 2
+                    wait_until(lambda: len(tgt.connections()) == 2, "both sessions")
+                    assert tgt.cut() >= 1  # one may just be lost, and made anew
         data = (mnt.path / "file").read_bytes()
         assert all(data[n * 65536 : (n + 1) * 65536] == bytes([n]) * 65536 for n in range(30))
     mounted_twice = host.log().count("is mounted at")
