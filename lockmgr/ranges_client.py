@@ -227,11 +227,12 @@ class RangeClient:
         if isinstance(message, RangeLost):
             self._lost(message)
             return self._finish()
-        pending = self.pending.pop(message.serial, None)
+        pending = self.pending.get(message.serial)
         if pending is None or isinstance(message, RangeTested) != isinstance(
             pending.message, RangeTest
         ):
             raise ProtocolViolation(f"nobody asked for {message}")
+        del self.pending[message.serial]
         if isinstance(message, RangeAnswer):
             self._answered(pending, message.outcome)
         elif pending.ticket is not None:

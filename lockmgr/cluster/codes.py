@@ -20,6 +20,8 @@ from lockmgr.cluster.wire import GOODBYE_CODE, HELLO_CODE, Goodbye, Hello
 
 STATES: Final = 256
 """States in one `Reassert`."""
+DEPARTED: Final = 1024
+"""Departed incarnations in one message."""
 WAITS: Final = 4096
 """Waits of one kind in one `Waits`."""
 
@@ -35,9 +37,6 @@ _SMALL: Final[dict[int, type]] = {
     22: locks.Blocking,
     23: locks.Unblocking,
     24: locks.Probe,
-    33: locks.Reasserted,
-    34: locks.Thaw,
-    35: locks.Settled,
     48: locks.Suspicion,
     49: locks.AskWaits,
     64: ranges.RangeLock,
@@ -73,7 +72,9 @@ def new_registry() -> Registry:
         registry.register(kind, code)
     # A glimpse's answer is as long as the owner makes it: a batch of a directory's files.
     registry.register(locks.GlimpseAnswer, 25, limit_bytes=1 << 16)
-    registry.register(locks.Reassert, 32, limit_bytes=1 << 18, max_items=STATES)
+    registry.register(locks.Reassert, 32, limit_bytes=1 << 19, max_items=STATES)
+    for code, kind in ((33, locks.Reasserted), (34, locks.Thaw), (35, locks.Settled)):
+        registry.register(kind, code, limit_bytes=1 << 15, max_items=DEPARTED)
     registry.register(locks.Waits, 50, limit_bytes=1 << 20, max_items=WAITS)
     registry.register(locks.Victim, 51, limit_bytes=1 << 16)
     registry.register(
