@@ -3,7 +3,7 @@
 Every message carries the lock epoch of its sender, and all but those of recovery and of deadlock
 detection name their resource. A message of an earlier epoch is refused, one of a later epoch is
 kept until the receiver has that view. Channels between two nodes are FIFO and lose nothing within
-an epoch (`lockmgr.channel` makes such a channel of connections that break).
+an epoch: whoever carries them numbers them, and sends again what a broken connection lost.
 
     node to master          Request, Cancel, Lower, AskGlimpse
     master to node          Granted, Refused, Blocking, Unblocking, Probe
