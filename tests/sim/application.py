@@ -104,7 +104,8 @@ class Application:
         mode: Mode,
         use: Callable[[Resource, Claim], Awaitable[None]],
     ) -> None:
-        claim = Claim(resource, mode, False, f"guest {number} of {self.daemon.name}")
+        guest = f"guest {number} of {self.daemon.name}"
+        claim = Claim(resource, mode, False, guest, owner=guest)
         if not await self.acquire(claim):
             return
         await use(resource, claim)

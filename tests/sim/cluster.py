@@ -61,6 +61,9 @@ class Machine:
 class Cluster:
     """See the module's docstring. Chosen by the seed: how many machines, slots, resources."""
 
+    proves = True
+    """False in a mutant: what had no answer goes again at once."""
+
     def __init__(self, seed: int, *, tracing: bool = False, nodes: int | None = None) -> None:
         self.world = world = World(seed, tracing=tracing)
         rng = world.rng
@@ -84,8 +87,6 @@ class Cluster:
         self.think_s = rng.choice((0.15, 0.3, 0.6)) * max(1.0, count / 4)
         self.quiet = False
         self.healed = False
-        self.proves = True
-        """False in a mutant: what had no answer goes again at once."""
         self.steps = 0
         self.ambush: Ambush | None = None
         self.by_node: dict[NodeId, Daemon] = {}
