@@ -55,15 +55,18 @@ class Admissions:
         if watched is not None and watched.request.key == request.key:
             del self._watched[request.slot]
 
-    def see(self, joins: Iterable[JoinRequest], now: float) -> None:
-        """All valid join blocks, as just read."""
+    def see(self, joins: Iterable[JoinRequest], now: float) -> bool:
+        """All valid join blocks, as just read. True if somebody asks for the first time."""
+        news = False
         for request in joins:
             watched = self._watched.get(request.slot)
             if watched is None or watched.request.key != request.key:
                 self._watched[request.slot] = _Watched(request, now, now)
+                news = True
             elif watched.request.sequence != request.sequence:
                 watched.request, watched.changed_at = request, now
                 watched.changes += 1
+        return news
 
     def judge(self, view: View, judge: Judge, now: float) -> Verdict:
         """Whom to let in now."""

@@ -86,8 +86,8 @@ class Beating:
         assert st.judge is not None
         self._read_at = st.now
         st.judge.take_blocks(blocks.heartbeats, st.now)
-        if st.in_office:
-            st.admissions.see(blocks.joins, st.now)
+        if st.in_office and st.admissions.see(blocks.joins, st.now):
+            st.hurry()
 
     def _lost(self, session: int) -> None:
         if session == self._st.session:

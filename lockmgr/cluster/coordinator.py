@@ -13,6 +13,9 @@ A coordinator outside the judge's verdict yields: it does none of this.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from lockmgr.cluster.blocks import JoinRequest
 from lockmgr.cluster.change import (
     Changes,
     needs_replayer,
@@ -20,6 +23,7 @@ from lockmgr.cluster.change import (
     next_view,
 )
 from lockmgr.cluster.effects import Fence, ReadBlocks, Survey, WriteView
+from lockmgr.cluster.errors import IncarnationsExhausted
 from lockmgr.cluster.install import announce, clear, install
 from lockmgr.cluster.messages import JoinRefused
 from lockmgr.cluster.outcomes import Blocks, Surveyed
@@ -108,22 +112,30 @@ def serve(st: NodeState, changes: Changes) -> Steps[None]:
     view = st.current
     if changes.admit:
         survey = yield from st.ask(Survey(st.op()), Surveyed)
-        admit = tuple(
-            (request, next_incarnation(view, request.slot, survey.keys, st.keys))
-            for request, _ in changes.admit
-            if request.key in survey.keys
-        )
-        for request, _ in changes.admit:
-            if request.key not in survey.keys:
-                st.admissions.drop(request)
-        changes = Changes(
-            changes.evict, changes.left, changes.freed, changes.activate, admit, changes.reassign
-        )
+        changes = replace(changes, admit=_admitted(st, view, changes, survey.keys))
     if not changes:
         return
     fit = replayers(st, view, changes.evict | changes.left)
     after = next_view(view, st.path_key, changes, fit, st.wall_ns)
     yield from publish(st, view, after, everything=False)
+
+
+def _admitted(
+    st: NodeState, view: View, changes: Changes, keys: tuple[int, ...]
+) -> tuple[tuple[JoinRequest, int], ...]:
+    """Those whose keys are registered, with their incarnations."""
+    admit = []
+    for request, _ in changes.admit:
+        try:
+            incarnation = next_incarnation(view, request.slot, keys, st.keys)
+        except IncarnationsExhausted:
+            st.admissions.drop(request)
+            continue
+        if request.key in keys:
+            admit.append((request, incarnation))
+        else:
+            st.admissions.drop(request)
+    return tuple(admit)
 
 
 def publish(st: NodeState, before: View, after: View, *, everything: bool) -> Steps[None]:

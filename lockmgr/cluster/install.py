@@ -41,6 +41,7 @@ def _why_not_listed(st: NodeState) -> tuple[StopReason, str]:
 def _install(st: NodeState, view: View, cleared: frozenset[NodeId]) -> None:
     assert st.judge is not None and st.me is not None
     before = st.view
+    view.check()
     if before is not None:
         view.follows(before)
     _note_other_holder(st, before, view)
@@ -50,6 +51,8 @@ def _install(st: NodeState, view: View, cleared: frozenset[NodeId]) -> None:
         st.current = view
     st.judge.set_nodes(view.listed, st.now, view.joining)
     st.best = st.judge.verdict(st.now, direct=bool(st.path_key))
+    if before is None or frozenset(view.joining) - frozenset(before.joining):
+        st.hurry()
     coordinator = st.coordinator
     assert coordinator is not None, "a view is announced by a listed holder"
     replayed = () if before is None else _replayed(before, view)

@@ -73,6 +73,8 @@ class Judge:
         self._heard: dict[tuple[int, int], float] = {}
         """(a, b): when slot a last said that it hears slot b."""
         self._direct: dict[NodeId, bool] = {}
+        self._rows: dict[int, tuple[int, float]] = {}
+        """By slot: the last bit map it said, and when."""
         self._by_slot: dict[int, NodeId] = {me.slot: me}
         self._joining: frozenset[NodeId] = frozenset()
         self._sequences: dict[NodeId, int] = {}
@@ -89,6 +91,7 @@ class Judge:
         self._joining = frozenset(joining)
         for node in wanted - self._fresh.keys():
             self._fresh[node] = now
+            self._rows.pop(node.slot, None)
             self._heard = {pair: t for pair, t in self._heard.items() if node.slot not in pair}
         for node in self._fresh.keys() - wanted:
             del self._fresh[node]
@@ -130,6 +133,7 @@ class Judge:
         self._latest = now
         self._sequences[node] = beat.sequence
         self._life[node] = now
+        self._rows[node.slot] = (beat.hears | 1 << node.slot, now)
         self._direct[node] = bool(beat.flags & HeartbeatFlag.HAS_DIRECT_PATH)
         for slot in self._by_slot:
             if beat.hears >> slot & 1:
@@ -192,6 +196,9 @@ class Judge:
 
         While it does not show yet which pairs an event has cut, everybody who lives stays.
         """
+        if self._all_is_well(now):
+            self._broken_since = None
+            return frozenset(self._by_slot.values())
         slots = sorted(self._by_slot)
         nodes = [self._by_slot[slot] for slot in slots]
         words = [0] * len(nodes)
@@ -228,6 +235,20 @@ class Judge:
             answer = _who_stays(words, paths, joining)
             self._verdicts = {question: answer}
         return frozenset(nodes[i] for i in answer)
+
+    def _all_is_well(self, now: float) -> bool:
+        """The usual case, quickly: all say that they hear all, and somebody else has a path."""
+        everybody = sum(1 << slot for slot in self._by_slot)
+        recent = now - self._settings.hears_s
+        for slot, node in self._by_slot.items():
+            if node == self.me:
+                continue
+            bits, when = self._rows.get(slot, (0, recent))
+            if when < recent or everybody & ~bits:
+                return False
+            if self._heard.get((self.me.slot, slot), float("-inf")) < recent:
+                return False
+        return any(self._direct.get(node, False) for node in self._by_slot.values())
 
     def check(self, now: float) -> None:
         """Assert the invariants."""

@@ -177,7 +177,8 @@ class Member:
                 self._done(op, outcome)
             case BeatHeard(beat):
                 self._beating.heard(beat)
-                return
+                if st.now >= st.hurry_until:
+                    return
             case Tick():
                 self._tick()
             case Start():
@@ -232,7 +233,8 @@ class Member:
         assert self._tick_at is not None
         if st.now < self._tick_at:
             return
-        self._tick_at = st.now + st.settings.heartbeat_s
+        hurries = st.now < st.hurry_until
+        self._tick_at = st.now + (st.settings.hurry_s if hurries else st.settings.heartbeat_s)
         self._beating.tick()
         if is_late(st):
             raise stop_late()
@@ -269,8 +271,9 @@ class Member:
             case LeaseGiven(stamp):
                 if stamp <= st.now and st.coordinator == peer:
                     self._beating.renew(stamp)
-            case TakeOver():
-                st.named, st.named_at = message, st.now
+            case TakeOver(holder_key):
+                if st.keys.owner(holder_key) == peer:
+                    st.named, st.named_at = message, st.now
             case YouHold(key):
                 st.told_holding = st.keys.owner(key) == st.me
             case Leave(clean):
@@ -285,9 +288,10 @@ class Member:
                 if st.view is not None and st.view.replayer_of(node) == peer.slot:
                     st.replay_done.add(node)
             case EvictAsked(node, why):
-                st.asked.setdefault(node, why)
+                if st.known is not None and st.known.lists(*node):
+                    st.asked.setdefault(node, why)
             case DeathReported(node):
-                if node != st.me:
+                if st.known is not None and node != st.me and st.known.state_of(node):
                     st.dead.add(node)
 
     def _tell_coordinator(self) -> None:

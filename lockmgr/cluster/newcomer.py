@@ -127,7 +127,7 @@ def _attempt(st: NodeState, search: _Search, key: int, survey: Surveyed) -> Step
         yield from _succeed(st, key, survey)
     else:
         yield from _request(st, search, key, survey.view, blocks)
-        yield from st.rest(st.settings.heartbeat_s)
+        yield from st.rest(st.settings.hurry_s)
     return (yield from st.ask(Survey(st.op()), Surveyed))
 
 

@@ -51,7 +51,11 @@ class Settings:
     """How often a lost path is tried again."""
     leave_within_s: float = 15.0
     """Who cannot leave within this time stops all the same, and is evicted."""
-    join_renewals: int = 2
+    hurry_s: float = 0.1
+    """How often instead of ``heartbeat_s`` while somebody joins,"""
+    hurry_for_s: float = 1.0
+    """for so long after it was first seen; and how often a newcomer asks and looks."""
+    join_renewals: int = 1
     """How often a newcomer's request must have changed before it is believed to be alive."""
 
     def __post_init__(self) -> None:
