@@ -173,7 +173,8 @@ class MasteredResource:
         if held is None or not fits:
             raise ProtocolViolation(f"node {message.node} holds {held}, cannot {message}")
         if message.value is not None:
-            if not WRITES_VALUE[held] or message.value.sequence < self.value.sequence:
+            newer = message.value.sequence > self.value.sequence
+            if not WRITES_VALUE[held] or not (newer or message.value == self.value):
                 raise ProtocolViolation(f"value block {self.value} under {held}: {message}")
             self.value = message.value
         if crossed:

@@ -227,8 +227,16 @@ def test_an_older_value_block_is_refused(script: Script) -> None:
     script.ask(1, EX)
     script.lower(1, NL, ValueBlock(VALUE, 1))
     script.ask(1, EX, serial=2)
-    with pytest.raises(ProtocolViolation):
-        script.lower(1, NL, ValueBlock(VALUE, 1))
+    for older in (ValueBlock(None, 1), ValueBlock(VALUE, 0)):
+        with pytest.raises(ProtocolViolation):
+            script.lower(1, NL, older)
+
+
+def test_a_value_block_that_was_reasserted_may_come_again(script: Script) -> None:
+    script.machine.restore(1, EX, serial=1)
+    script.machine.value = ValueBlock(VALUE, 3)
+    script.lower(1, NL, ValueBlock(VALUE, 3))
+    assert script.machine.value == ValueBlock(VALUE, 3)
 
 
 def test_value_blocks_have_64_bytes() -> None:
