@@ -84,7 +84,7 @@ class Cluster:
             for number in range(rng.randrange(3, 9))
         ]
         self.guests = 2 if count <= 8 else 1
-        self.think_s = rng.choice((0.15, 0.3, 0.6)) * max(1.0, count / 4)
+        self.think_s = rng.choice((0.3, 0.5, 0.8)) * max(1.0, count / 4)
         self.quiet = False
         self.healed = False
         self.steps = 0
@@ -275,7 +275,9 @@ class Cluster:
         for daemon in readers:
             application = daemon.locking.application
             daemon.process.start(application.read_everything(), finished.append)
-        self.world.run(self.world.now + 15.0)
+        for _ in range(15):
+            if len(finished) < len(readers):
+                self.world.run(self.world.now + 1.0)
         missing = [daemon.name for daemon in readers if daemon.name not in finished]
         if missing:
             self.oracle.fail(f"after all is calm {', '.join(missing)} cannot read every block")

@@ -72,6 +72,8 @@ class Daemon:
         """The newest that was read or installed: whose certificates are accepted."""
         self.node: NodeId | None = None
         self.newcomer_key = 0
+        self.listed: frozenset[NodeId] = frozenset()
+        """By the view that is known."""
         self.lease_until = 0.0
         self.stopped: effects.Stop | None = None
         self.locking = Locking(self)
@@ -226,6 +228,7 @@ class Daemon:
     def _knows(self, view: View) -> None:
         if self.known is None or view.epoch > self.known.epoch:
             self.known = view
+            self.listed = frozenset(view.listed)
 
     def _open_newcomer(self, effect: effects.OpenNewcomer) -> None:
         self.newcomer_key = effect.key
@@ -258,7 +261,7 @@ class Daemon:
             return
         network = self.cluster.network
         for peer in self.cluster.daemons:
-            if peer is not self and peer.node in view.listed:
+            if peer is not self and peer.node in self.listed:
                 network.datagram(self, peer, peer._heard, (effect.heartbeat, view.secret))
 
     def _heard(self, what: tuple[Heartbeat, bytes]) -> None:
@@ -314,23 +317,21 @@ class Daemon:
         self.step(events.PathLost(keys))
 
     def _silent_keys(self) -> tuple[int, ...]:
-        """Keys whose owner the view does not list, or who has not been heard for 2 s."""
-        view = self.view
-        listed = frozenset(view.listed) if view is not None else frozenset()
+        """Keys whose owner no view lists, or who has not been heard for 2 s."""
         content = self.cluster.content
         return tuple(
             key
             for key in content.ports
             if (owner := owner_of(key)) is not None
             and owner != self.node
-            and (owner not in listed or self.cluster.is_silent(owner))
+            and (owner not in self.listed or self.cluster.is_silent(owner))
         )
 
     # -- network.Endpoint ----------------------------------------------------------------------
     def wants(self, other: Endpoint) -> bool:
         """Its certificate stands in the view."""
         peer = other.node if isinstance(other, Daemon) else None
-        return self.known is not None and peer in self.known.listed and self.stopped is None
+        return peer in self.listed and self.stopped is None
 
     def connected(self, other: Endpoint) -> None:
         if isinstance(other, Daemon) and other.node is not None:
@@ -346,7 +347,7 @@ class Daemon:
             return
         if self.locking.takes(other, message):
             return
-        if self.known is not None and other.node in self.known.listed:
+        if other.node in self.listed:
             self.step(events.Received(other.node, message))  # type: ignore[arg-type]
 
 

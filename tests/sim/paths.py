@@ -102,12 +102,19 @@ class Paths:
 
     def drop(self) -> None:
         """Both paths, for good."""
+        self._drop(lambda _: None)
+
+    def _drop(self, tell: Callable[[tuple[int, ...]], None]) -> None:
+        """``tell`` comes before the I/O that is outstanding is answered."""
         self.listed = self.usable = False
         self._forget_data()
-        control, data = self.control, self.data
+        dropped = [r for r in (self.control, self.data) if r is not None]
         self.control = self.data = None
-        self._close(control)
-        self._close(data)
+        for registration in dropped:
+            self.session_of(registration).on_lost = None
+        tell(tuple(registration.key for registration in dropped))
+        for registration in dropped:
+            self._close(registration)
 
     def _forget_data(self) -> None:
         if self.data is not None:
@@ -119,9 +126,7 @@ class Paths:
             self._close(registration)
             self.newcomer = None
         elif registration in (self.control, self.data):
-            keys = tuple(r.key for r in (self.control, self.data) if r is not None)
-            self.drop()
-            self._lost(keys)
+            self._drop(self._lost)
 
     def close_all(self) -> None:
         """Log out everywhere."""

@@ -14,7 +14,7 @@ from tests.sim.target import simulated_sleep
 HEAL_AT_S = 42.0
 SETTLE_S = 45.0
 """How long after the last fault every live host must be a member again, and every lock granted."""
-LEAST_S = 62.0
+LEAST_S = 60.0
 
 
 @dataclass
@@ -86,5 +86,5 @@ def _run(cluster: Cluster, result: Result) -> None:
     assert calm_since is not None
     result.settled_s = calm_since - HEAL_AT_S
     cluster.quiet = True
-    world.run(world.now + 4.0)
+    world.run(world.now + 3.0)
     cluster.check_everybody_reads()
