@@ -1,7 +1,7 @@
 # The front door. `make` says what there is. Everything installs what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help system-packages demo test test-full explore lint bench clean
+.PHONY: help system-packages demo test test-full explore sim sim-mutants lint bench clean
 
 PYTHON ?= /usr/bin/python3
 VENV := .venv
@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 FULL_MINUTES ?= 60
 ROUNDS ?= 5
+SEEDS ?= 1000
+START ?= 0
 SEED ?= $(shell shuf -i 1-999999 -n 1)
 
 # Build: what the native extension and pyfuse3 compile against. Run: mount, target, guest, workloads.
@@ -52,6 +54,12 @@ explore: $(VENV)/.installed ## property tests with new examples, ROUNDS=5 times
 	for round in $$(seq $(ROUNDS)); do \
 	    $(SUDO) $(BIN)/python -m pytest -q -m "not full" -n 2 --explore || exit 1; \
 	done
+
+sim: $(VENV)/.installed ## whole clusters in simulation, one a seed, with a summary: SEEDS=1000, START=0
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) --start $(START)
+
+sim-mutants: $(VENV)/.installed ## mistakes made on purpose: each must be found within SEEDS=1000
+	$(BIN)/python -m tests.sim --mutants --seeds $(SEEDS) --start $(START)
 
 lint: $(VENV)/.installed ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check .

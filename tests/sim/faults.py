@@ -47,6 +47,9 @@ STEPS = (
     "Settled",
     "Granted",
     "Lower",
+    "WriteHeartbeat",
+    "AskLease",
+    "LeaseGiven",
 )
 
 
@@ -162,12 +165,14 @@ class Plan:
         self.world.after(low_s + (high_s - low_s) * self.rng.random() ** 2, once)
         return once
 
-    def strike(self, machine: Machine, what: Callable[[Machine], None]) -> None:
-        """Now, or at a step of somebody."""
+    def strike(
+        self, machine: Machine, what: Callable[[Machine], None], often: tuple[str, ...] = ()
+    ) -> None:
+        """Now, or at a step of somebody: at one of ``often``, or any other."""
         if self.rng.random() < 0.5 or self.cluster.ambush is not None:
             what(machine)
             return
-        step = self.rng.choice(STEPS)
+        step = self.rng.choice(often if often and self.rng.random() < 0.3 else STEPS)
         after = self.rng.random() < 0.5
         self.world.trace("fault", f"waits for {step} ({'after' if after else 'before'} it)")
 
@@ -224,7 +229,7 @@ def _freeze(plan: Plan, machine: Machine) -> Heal | None:
 
         plan.later(0.2, 18.0, thaw)
 
-    plan.strike(machine, strike)
+    plan.strike(machine, strike, ("WriteHeartbeat", "AskLease"))
     return lambda: None
 
 
@@ -300,9 +305,17 @@ def _san_cut_in(plan: Plan, machine: Machine) -> Heal | None:
 
 
 def _san_reset(plan: Plan, machine: Machine) -> Heal | None:
-    for session in list(machine.san.sessions):
-        if session.there:
-            plan.cluster.lun.end_session(session)
+    """Its sessions are closed at the target; what it had sent may still land."""
+
+    def reset() -> None:
+        for session in list(machine.san.sessions):
+            if session.there:
+                plan.cluster.lun.end_session(session)
+
+    if plan.rng.random() < 0.5 and _late_writes(plan, machine) is not None:
+        plan.world.after(0.3 + plan.rng.random(), reset)
+    else:
+        reset()
     return lambda: None
 
 
