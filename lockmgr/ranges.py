@@ -7,7 +7,8 @@ each other where both have access and one may write. POSIX and OFD owners share 
 Linux; flock has another, in which every range is the whole file.
 
 Who is granted, and when:
-- A try is granted when no other *holder* stands in the way, whoever waits: as in Linux.
+- A try, and a request for what the owner has already, is granted when no other *holder* stands in
+  the way, whoever waits: as in Linux.
 - A request that may wait is also held back by earlier requests that wait for what it would take
   away from them, so nobody starves; among those that wait, first come, first served.
 - Fairness must not make a deadlock where Linux has none: a program may well take a second read
@@ -206,6 +207,13 @@ class RangeLocks:
             span = holdings.obstacle(request.start_bytes, request.end_bytes, request.access)
             if span is not None:
                 yield RangeHold(owner, *span)
+
+    def has(self, request: RangeLock) -> bool:
+        """Is what the owner holds enough?"""
+        holdings = self.held.get(request.owner)
+        return holdings is not None and holdings.covers(
+            request.start_bytes, request.end_bytes, request.access
+        )
 
     def ahead_of(self, waiting: Waiting) -> Iterator[Waiting]:
         """Earlier requests that hold this one back for fairness's sake."""

@@ -123,9 +123,11 @@ class RangeMaster:
         left = file.leave_flock(message)
         if left:
             self._out.append(RangeLost(message.resource, self.epoch, message.node, message.owner))
-            if message.wait:
-                self._serve(file)
-        held_back = message.wait and any(True for _ in file.ahead_of(Waiting(message, self._now)))
+        held_back = (
+            message.wait
+            and not file.has(message)
+            and any(True for _ in file.ahead_of(Waiting(message, self._now)))
+        )
         outcome = Outcome.WOULD_BLOCK if held_back else file.attempt(message)
         if outcome is Outcome.WOULD_BLOCK and message.wait:
             if message.owner.kind is Kind.POSIX and self._graph.deadlock(file, message):

@@ -38,6 +38,7 @@ class NaiveRanges:
 
     bytes: dict[tuple[int, Owner], list[Access]] = field(default_factory=dict)
     waits: list[NaiveWait] = field(default_factory=list)
+    lowers: list[NaiveWait] = field(default_factory=list)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def access(self, file: int, owner: Owner) -> list[Access]:
@@ -125,7 +126,8 @@ class NaiveRanges:
                 if wait:
                     self.settle()
             request = NaiveWait(ticket, file, owner, covered, access)
-            if not self.hard(request) and not (wait and self.soft(request)):
+            enough = all(held[byte] >= access for byte in covered)
+            if not self.hard(request) and (enough or not (wait and self.soft(request))):
                 self.grant(request)
             elif not wait:
                 self.outcomes[ticket] = Outcome.WOULD_BLOCK
@@ -137,13 +139,27 @@ class NaiveRanges:
 
     def grant(self, request: NaiveWait) -> None:
         held = self.access(request.file, request.owner)
+        if flock(request.owner):
+            held[:] = [request.access] * SIZE
+        elif request.access is Access.READ and Access.WRITE in [held[b] for b in request.covered]:
+            self.lowers.append(request)
         for byte in request.covered:
-            held[byte] = request.access
+            held[byte] = max(held[byte], request.access)
         self.outcomes[request.ticket] = Outcome.DONE
 
     def settle(self) -> None:
-        while self.serve_one() or self.refuse_one() or self.end_patience():
+        while self.serve_one() or self.refuse_one() or self.end_patience() or self.lower_one():
             pass
+
+    def lower_one(self) -> bool:
+        """The second step to a read lock over written bytes comes when all else is done."""
+        if not self.lowers:
+            return False
+        request = self.lowers.pop(0)
+        held = self.access(request.file, request.owner)
+        for byte in request.covered:
+            held[byte] = min(held[byte], Access.READ)
+        return True
 
     def serve_one(self) -> bool:
         for wait in self.waits:
@@ -175,12 +191,11 @@ class NaiveRanges:
         self.access(file, owner)[:] = [Access.NONE] * SIZE
         self.settle()
 
-    def died(self, owner: Owner) -> None:
-        for wait in list(self.waits):
-            if wait.owner == owner:
-                self.waits.remove(wait)
-                self.outcomes[wait.ticket] = Outcome.CANCELLED
-        for (_file, other), held in self.bytes.items():
-            if other == owner:
-                held[:] = [Access.NONE] * SIZE
-        self.settle()
+    def died(self, owner: Owner, files: list[int]) -> None:
+        """One file after another, which others may see."""
+        for file in files:
+            for wait in list(self.waits):
+                if wait.owner == owner and wait.file == file:
+                    self.waits.remove(wait)
+                    self.outcomes[wait.ticket] = Outcome.CANCELLED
+            self.close(file, owner)

@@ -325,6 +325,53 @@ def test_closed_file_serves_only_what_gives_up() -> None:
     assert nodes.outcomes[tried] is nodes.outcomes[asked] is Outcome.DONE
 
 
+def sent_to(node: int, effects: list[RangeEffect]) -> list[RangeMessage]:
+    return [e.message for e in effects if isinstance(e, RangeSend) and e.to == node]
+
+
+def test_what_was_given_up_without_an_answer_is_not_claimed_again() -> None:
+    nodes = Nodes()
+    one, two = posix(1, 1), posix(0, 2)
+    nodes.lock(one, A, 0, 10, WRITE)
+    unlock = nodes.cores[1].step(SetRange(7, A, one, 0, 10, NONE, False), 0.0)
+    (message,) = sent_to(0, unlock)
+    nodes.cores[0].deliver(message, 0.0)  # and the answer is lost with the epoch
+    assert nodes.outcomes[nodes.lock(two, A, 0, 10, WRITE)] is Outcome.DONE
+    assert nodes.held(one, A) == [Span(0, 10, WRITE)]
+    recover(nodes)
+    assert nodes.outcomes[7] is Outcome.DONE and nodes.held(one, A) == []
+    assert nodes.held(two, A) == [Span(0, 10, WRITE)]
+
+
+def test_what_was_cancelled_is_not_asked_again() -> None:
+    nodes = Nodes()
+    nodes.lock(posix(0, 2), A, 0, 10, WRITE)
+    waiting = nodes.lock(posix(1, 1), A, 0, 10, WRITE)
+    nodes.cores[1].step(CancelRange(waiting), 0.0)  # lost
+    recover(nodes, thaw=False)
+    assert nodes.outcomes[waiting] is Outcome.CANCELLED
+    assert not nodes.cores[1].client.pending and not nodes.cores[0].master.later
+
+
+@pytest.mark.parametrize("recovery", [False, True])
+def test_namesake_of_a_dead_owner(recovery: bool) -> None:
+    """The kernel uses owner values again, perhaps before all is answered that ended the old one."""
+    nodes = Nodes()
+    owner = ofd(1, 1)
+    nodes.lock(owner, A, 0, 10, READ)
+    core = nodes.cores[1]
+    lost = core.step(OwnerDied(owner), nodes.now)
+    lost += core.step(SetRange(7, A, owner, 0, 5, READ, True), nodes.now)
+    nodes.now = 3.0
+    if recovery:
+        recover(nodes)
+    else:
+        nodes.carry_out(lost)
+    assert nodes.outcomes[7] is Outcome.DONE
+    assert nodes.held(owner, A) == [Span(0, 5, READ)]
+    assert nodes.cores[0].master.files[b"a"].held[owner].spans == [Span(0, 5, READ)]
+
+
 def test_many_holds_go_in_parts() -> None:
     nodes = Nodes(ranges_per_owner=5000)
     owner = posix(1, 1)

@@ -349,6 +349,7 @@ def test_crowded(seed: int) -> None:
     cluster = RangeCluster()
     speed = rng.choice([1, 4, 12])
     for _ in range(200):
+        cluster.now += 0.01
         what = rng.random()
         pick = rng.randrange(100)
         file = FILES[int(rng.random() < 0.3)]
@@ -361,11 +362,11 @@ def test_crowded(seed: int) -> None:
         elif what < 0.93:
             if cluster.busy:
                 cluster.cancel(pick)
-        elif what < 0.945:
+        elif what < 0.94:
             cluster.died(pick)
-        elif what < 0.96:
+        elif what < 0.945:
             cluster.close(pick, file)
-        elif what < 0.97:
+        elif what < 0.95:
             cluster.find(pick, file)
         elif what < 0.98:
             cluster.recover(pick, rng.random() < 0.5, rng.random() < 0.5, file)

@@ -143,7 +143,10 @@ class RangesAgainstNaive(RuleBasedStateMachine):
 
     @rule(owner=st.sampled_from(OWNERS))
     def died(self, owner: Owner) -> None:
-        self.naive.died(owner)
+        client = self.core.client
+        files = [file for file, owners in client.held.items() if owner in owners]
+        files += [pending.message.resource for pending in client.pending.values()]
+        self.naive.died(owner, [FILES.index(file) for file in dict.fromkeys(files)])
         self._carry_out(self.core.step(OwnerDied(owner), 0.0))
 
     def teardown(self) -> None:
