@@ -202,6 +202,7 @@ class Search:
             request
             for mastered in self._recovery.master.resources.values()
             for request in _requests(mastered)
+            if not self._recovery.frozen  # then they wait for the thaw
         ]
         return Waits(
             self._recovery.epoch,

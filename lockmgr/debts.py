@@ -90,6 +90,8 @@ class Debts:
 
     def unsettled(self, owed: dict[int, Mode]) -> dict[int, Mode]:
         """What of ``owed`` still guards something."""
+        if not owed:
+            return owed
         return {
             node: had
             for node, had in owed.items()

@@ -232,10 +232,11 @@ class Reassert(RecoveryMessage):
 
 @dataclass(frozen=True, slots=True)
 class Reasserted(RecoveryMessage):
-    """The sender has heard the last `Reassert` of every member. ``cleared``: departed nodes that
-    it has been told may be granted over."""
+    """The sender has heard the last `Reassert` of every member. ``cleared`` and ``replayed``: what
+    it has been told of departed nodes (`Settled`)."""
 
     cleared: frozenset[int]
+    replayed: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +244,7 @@ class Thaw(RecoveryMessage):
     """Every member has said `Reasserted`: masters grant again."""
 
     cleared: frozenset[int]
+    replayed: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)

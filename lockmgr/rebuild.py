@@ -75,6 +75,8 @@ def rebuild(said: Iterable[Said], orphaned: set[bytes], debts: Debts, epoch: int
 
 
 def _owed(about: Said, debts: Debts) -> dict[int, Mode]:
+    if not debts.owing:
+        return {}
     owed = debts.of_unknown(about.resource, possible(about.modes))
     for state in about.masters:
         for node, had in state.owed:

@@ -130,12 +130,12 @@ class Recovery:
         match message:
             case Reassert():
                 self._hear(message)
-            case Reasserted(node=node, cleared=cleared):
+            case Reasserted(node=node, cleared=cleared, replayed=replayed):
                 self._barrier.add(node)
-                self._learn(cleared, frozenset())
+                self._learn(cleared, replayed)
                 self._pass_barrier()
-            case Thaw(cleared=cleared):
-                self._learn(cleared, frozenset())
+            case Thaw(cleared=cleared, replayed=replayed):
+                self._learn(cleared, replayed)
                 self._thaw()
             case Settled(cleared=cleared, replayed=replayed):
                 self._learn(cleared, replayed)
@@ -255,14 +255,16 @@ class Recovery:
 
     def _tell_coordinator(self) -> None:
         if self.stage in (Stage.BARRIER, Stage.THAWED):
-            self._send(self.coordinator, Reasserted(self.epoch, self.node, self._cleared))
+            self._send(
+                self.coordinator, Reasserted(self.epoch, self.node, self._cleared, self._replayed)
+            )
 
     def _pass_barrier(self) -> None:
         here = self.coordinator == self.node and not self._passed
         if here and self._barrier.issuperset(self.members):
             self._passed = True
             for member in self.members:
-                self._send(member, Thaw(self.epoch, member, self._cleared))
+                self._send(member, Thaw(self.epoch, member, self._cleared, self._replayed))
 
     # -- 5 thaw ----------------------------------------------------------------------------
     def _thaw(self) -> None:

@@ -128,7 +128,7 @@ class MasteredResource:
 
     def resume(self) -> list[NodeBound]:
         """Grant and tell what became possible without a message: a thaw, or a debt is settled."""
-        if self._debts is not None:
+        if self.owed and self._debts is not None:
             self.owed = self._debts.unsettled(self.owed)
         out: list[NodeBound] = []
         self._serve(out)
