@@ -110,6 +110,13 @@ class ChangingCluster(Cluster):
             self.views[node].append(view)
         return view
 
+    def hand_over(self, coordinator: int) -> None:
+        """Another coordinator, in the same lock epoch."""
+        self.coordinator = coordinator
+        view = ViewChanged(self.epoch, tuple(self.members), coordinator, self.unreplayed)
+        for node in set(self.members) & self.alive:
+            self.views[node].append(view)
+
     @property
     def unreplayed(self) -> frozenset[int]:
         """Departed nodes that the view lists as to be replayed."""

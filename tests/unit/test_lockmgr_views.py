@@ -60,6 +60,7 @@ class ChangingHistory:
             *[self._install] * 5,
             *[self._settled] * 2,
             *[self._join] * 2,
+            self._hand_over,
         ]
         for _ in range(STEPS):
             said = self.rng.choice(actions)()
@@ -184,6 +185,13 @@ class ChangingHistory:
             return f"node {one.node} is cleared"
         cluster.retell()
         return "the view says again what is settled"
+
+    def _hand_over(self) -> str | None:
+        if set(self.cluster.members) != self.cluster.alive:
+            return None
+        node = self._node()
+        self.cluster.hand_over(node)
+        return f"node {node} is coordinator of epoch {self.cluster.epoch}"
 
     def _join(self) -> str | None:
         if not self.cluster.may_join(self.early_joins) or len(self.cluster.alive) > 5:
