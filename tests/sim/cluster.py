@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lockmgr.cluster import effects, events
-from lockmgr.cluster.effects import StopReason
 from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.view import NodeId, View
 from lockmgr.messages import Resource
@@ -177,14 +176,13 @@ class Cluster:
         machine = daemon.machine
         machine.ended.append(effect)
         self.coverage.stop(effect)
-        if effect.reason is StopReason.LEFT:
-            self._check_left(daemon)
         if not self.healed:
             self.world.after(1.0 + 8.0 * self.world.rng.random(), self.boot, machine)
 
-    def _check_left(self, daemon: Daemon) -> None:
+    def leaves(self, daemon: Daemon) -> None:
+        """It says that it has given up everything."""
         if daemon.node is not None and self.content.journals.get(daemon.node.slot):
-            self.oracle.fail(f"{daemon.name} has left, and its journal is not empty")
+            self.oracle.fail(f"{daemon.name} leaves, and its journal is not empty")
 
     # -- what daemons say --------------------------------------------------------------------
     def daemon_of(self, node: NodeId) -> Daemon | None:

@@ -136,6 +136,7 @@ class Daemon:
 
     def _emptied(self) -> None:
         self.has_left = True
+        self.cluster.leaves(self)
         self.step(events.LeaveWanted())
 
     # -- steps -----------------------------------------------------------------------------

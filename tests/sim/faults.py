@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lockmgr.cluster import events
@@ -247,6 +248,30 @@ def _leave(_plan: Plan, machine: Machine) -> Heal | None:
     return lambda: None
 
 
+def _blackout(plan: Plan, _machine: Machine) -> Heal | None:
+    """No power anywhere; it comes back host by host, in another order."""
+    for machine in plan.cluster.machines:
+        if machine.has_power:
+            plan.world.after(0.3 * plan.rng.random(), plan.cluster.power_off, machine)
+
+    def again(machine: Machine) -> None:
+        plan.cluster.power_on(machine)
+        plan.cluster.boot(machine)
+
+    for machine in plan.cluster.machines:
+        plan.later(1.0, 8.0, partial(again, machine))
+    return lambda: None
+
+
+def _shutdown(plan: Plan, _machine: Machine) -> Heal | None:
+    """Everybody leaves, the last one parks; they come back by themselves."""
+    for machine in plan.cluster.machines:
+        daemon = machine.daemon
+        if daemon is not None and daemon.serves:
+            plan.world.after(2.0 * plan.rng.random(), daemon.process.deliver, daemon.leave)
+    return lambda: None
+
+
 def _join(plan: Plan, machine: Machine) -> Heal | None:
     for candidate in plan.cluster.machines:
         if not candidate.wanted:
@@ -441,6 +466,8 @@ FAULTS: dict[str, tuple[Callable[[Plan, Machine], Heal | None], float]] = {
     "leave": (_leave, 1.2),
     "join": (_join, 1.0),
     "evict": (_evict, 0.7),
+    "blackout": (_blackout, 0.5),
+    "shutdown": (_shutdown, 0.5),
     "san-cut": (_san_cut, 1.5),
     "san-cut-out": (_san_cut_out, 1.0),
     "san-cut-in": (_san_cut_in, 1.0),
