@@ -81,6 +81,12 @@ def test_who_slept_starts_afresh_but_knows_what_did_not_change() -> None:
     assert judge.changed_at(B, 101.0) == 101.0
 
 
+def test_a_block_that_is_seen_first_is_no_sign_of_life() -> None:
+    judge = judge_of_three()
+    judge.take_blocks((beat(B, 1, A),), 5.0)
+    assert not judge.is_alive(B, 6.5)
+
+
 def test_an_old_datagram_is_no_sign_of_life() -> None:
     judge = judge_of_three()
     assert judge.take_beat(beat(B, 5), 1.0)
