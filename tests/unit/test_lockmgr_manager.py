@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from lockmgr.errors import LockTimeout, ManagerClosed, ProtocolViolation
+from lockmgr.errors import LockDeadlock, LockTimeout, ManagerClosed, ProtocolViolation
 from lockmgr.manager import Lock, LockManager, open_lock_manager
 from lockmgr.messages import Resource
 from lockmgr.modes import Mode
@@ -116,6 +116,48 @@ async def test_timeout_is_on_the_clock_and_names_everybody(autojump_clock: MockC
         found = manager.try_acquire(A, EX)
         assert found is not None, "a ghost is left"
         found.release()
+
+
+async def test_a_deadlock_is_broken_and_told(autojump_clock: MockClock) -> None:
+    told: list[str] = []
+    started = autojump_clock.current_time()
+
+    async def transfer(first: Resource, second: Resource, name: str) -> None:
+        async with manager.acquire(first, EX, owner=name):
+            await trio.sleep(0.1)
+            try:
+                async with manager.acquire(second, EX, owner=name):
+                    await trio.sleep(0.1)
+            except LockDeadlock as deadlock:
+                told.append(str(deadlock))
+
+    async with open_lock_manager() as manager:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer, A, B, "out", name="out")
+            nursery.start_soon(transfer, B, A, "back", name="back")
+        assert 2.0 < trio.current_time() - started < 3.0
+        assert len(told) == 1 and manager.statistics().deadlocks == 1
+        assert "out on node 0, which wants EX of b'bb'" in told[0]
+        assert "back on node 0, which wants EX of b'aa'" in told[0]
+
+
+async def test_of_two_that_convert_one_is_denied_and_keeps_what_it_has(
+    autojump_clock: MockClock,  # noqa: ARG001
+) -> None:
+    denied: list[Mode] = []
+
+    async def upgrade() -> None:
+        async with manager.acquire(A, PR) as lock:
+            await trio.sleep(0.1)
+            try:
+                await lock.convert(EX)
+            except LockDeadlock:
+                denied.append(lock.mode)
+
+    async with open_lock_manager() as manager, trio.open_nursery() as nursery:
+        nursery.start_soon(upgrade)
+        nursery.start_soon(upgrade)
+    assert denied == [PR]
 
 
 async def test_timeout_zero_waits_for_nobody() -> None:
