@@ -77,7 +77,7 @@ class Cluster:
         self.oracle = Oracle(world, self.lun, self.content)
         self.coverage = Coverage()
         self.settings = Settings()
-        self.lock_settings = LockSettings(cache_limit=rng.choice((2, 4, 1000)))
+        self.lock_settings = LockSettings(cache_limit=rng.choice((3, 1000, 1000)))
         self.resources = [
             Resource(b"file %d" % number, b"place %d" % (number % 5))
             for number in range(rng.randrange(3, 9))

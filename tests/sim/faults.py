@@ -86,9 +86,9 @@ class Plan:
         """Start the machines, and lay out the faults."""
         rng = self.rng
         machines = self.cluster.machines
-        late = len(machines) > 3 and rng.random() < 0.3
+        late = rng.randrange(0, 3) if len(machines) > 3 else 0
         for number, machine in enumerate(machines):
-            if late and number == len(machines) - 1:
+            if number >= len(machines) - late:
                 machine.wanted = False  # joins by a fault
             else:
                 self.world.at(0.3 * number * rng.random(), self.cluster.boot, machine)
@@ -464,15 +464,15 @@ FAULTS: dict[str, tuple[Callable[[Plan, Machine], Heal | None], float]] = {
     "freeze": (_freeze, 2.5),
     "restart": (_restart, 1.0),
     "leave": (_leave, 1.2),
-    "join": (_join, 1.0),
-    "evict": (_evict, 0.7),
-    "blackout": (_blackout, 0.5),
-    "shutdown": (_shutdown, 0.5),
+    "join": (_join, 2.0),
+    "evict": (_evict, 1.0),
+    "blackout": (_blackout, 0.6),
+    "shutdown": (_shutdown, 0.6),
     "san-cut": (_san_cut, 1.5),
     "san-cut-out": (_san_cut_out, 1.0),
     "san-cut-in": (_san_cut_in, 1.0),
     "san-reset": (_san_reset, 1.0),
-    "san-dark": (_san_dark, 0.6),
+    "san-dark": (_san_dark, 0.9),
     "target-restart": (_target_restart, 1.0),
     "slow-lun": (_slow_lun, 0.7),
     "late-writes": (_late_writes, 1.5),

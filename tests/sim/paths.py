@@ -320,12 +320,15 @@ class Paths:
         return [Victim(key, self.content.ports.get(key)) for key in self.silent() if key not in own]
 
     async def _unregister(self, effect: effects.Unregister) -> None:
-        """Good if no own path but that one is registered any more."""
+        """Good if no own path but that one is registered any more, and all it sent has ended."""
         going = [r for r in (self.data, self.control) if r is not None and r.key != effect.keep]
         if not going:
             raise OutcomeUnknown("there is no session")
         for registration in going:
-            self.session_of(registration).on_lost = None
+            session = self.session_of(registration)
+            session.on_lost = None
+            while session.outstanding:  # a leaver drains
+                await self.target.process.sleep(0.02)
             with suppress(PathClosed):
                 await registration.unregister()
         left = await reservations.patiently(going[-1].device.read_keys)
