@@ -85,7 +85,6 @@ class Cluster:
         self.guests = 2 if count <= 8 else 1
         self.think_s = rng.choice((0.3, 0.5, 0.8)) * max(1.0, count / 4)
         self.quiet = False
-        self.healed = False
         self.steps = 0
         self.ambush: Ambush | None = None
         self.by_node: dict[NodeId, Daemon] = {}
@@ -176,7 +175,7 @@ class Cluster:
         machine = daemon.machine
         machine.ended.append(effect)
         self.coverage.stop(effect)
-        if not self.healed:
+        if not self.quiet:
             self.world.after(1.0 + 8.0 * self.world.rng.random(), self.boot, machine)
 
     def leaves(self, daemon: Daemon) -> None:
@@ -235,7 +234,7 @@ class Cluster:
         self.oracle.check_all()
 
     def check_settled(self) -> None:
-        """After all faults are healed, and time: everybody is a member, or has said why not."""
+        """After all faults are healed, and time: every host is a member again."""
         problems = list(self.unsettled())
         if problems:
             raise Violation("after faults were healed: " + "; ".join(problems))
@@ -246,15 +245,19 @@ class Cluster:
         problems: list[str] = []
         for machine in self.machines:
             daemon = machine.daemon
-            if daemon is None or not daemon.process.alive or daemon.stopped is not None:
-                continue
-            if daemon.node is None or daemon.node not in view.active:
+            if daemon is None or not daemon.process.alive:
+                problems.append(f"{machine.name} has no daemon")
+            elif daemon.stopped is not None:
+                problems.append(f"{daemon.name} has stopped: {daemon.stopped.words}")
+            elif daemon.node is None or daemon.node not in view.active:
                 problems.append(f"{daemon.name} ({daemon.node}) is not an active member")
             elif daemon.view != view:
                 epoch = daemon.view.epoch if daemon.view is not None else 0
                 problems.append(f"{daemon.name} goes by view {epoch}, not {view.epoch}")
             elif daemon.lease_left_s <= 0:
                 problems.append(f"{daemon.name} has no lease")
+            if daemon is None or not daemon.serves:
+                continue
             for claim, (_, since) in daemon.locking.application.waiting.items():
                 if self.world.now - since > 10.0:
                     problems.append(f"{claim} waits for {self.world.now - since:.1f} s")

@@ -146,7 +146,6 @@ class Plan:
                 machine.daemon.thaw()
             cluster.power_on(machine)
             cluster.boot(machine)
-        cluster.healed = True
 
     def once(self, heal: Heal) -> Heal:
         """The same, done once only."""
