@@ -155,18 +155,22 @@ class Formatter:
         """All of it. Raises `FormatRefused` and its kinds, `BadGeometry`, ValueError (label),
         `ProbeFailed`, `LoginFailed`, `BlockError`.
         """
+        result = await self.try_target()
+        self.report(result)
+        if result.refusals:
+            raise UnfitTarget(result)
+        async with self._session() as device:
+            return await self._write(device, result)
+
+    async def try_target(self) -> ProbeResult:
+        """Only steps 1 to 3: afterwards the LUN is as it was, but for victims. Raises as `run`."""
         async with self._session() as device:
             self.show(device.identity)
             plan_superblock(device.identity, self.options, volume_id=bytes(16), now_ns=self.now_ns)
             await self._clear(device)
         scratch = (byte_offset(SCRATCH_ADDRESS), SCRATCH_BLOCKS * BLOCK_BYTES)
         names = (self.initiator_name, self.initiator_name)
-        result = await probe(self.lun, names, scratch, rng=self.rng)
-        self.report(result)
-        if result.refusals:
-            raise UnfitTarget(result)
-        async with self._session() as device:
-            return await self._write(device, result)
+        return await probe(self.lun, names, scratch, rng=self.rng)
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[BlockDevice]:

@@ -22,13 +22,15 @@ from csvctl.mount_cmd import mount
 from csvctl.outcomes import OUTCOMES, fsck_code
 from csvctl.status_cmd import status
 from csvctl.umount_cmd import umount
+from csvctl.validate_cmd import validate
 from csvfs.host.problems import Kind, Problem, problem_of
 
 HELP = """csvfs: Cluster Shared Volumes for Linux. VM images on an iSCSI LUN.
 
 LUN is a URL: iscsi://[user@]host[:port]/target-iqn/lun, or file:///absolute/path.
 
-Exit codes: 0 done; 64 to 99 bad input, each case its own; 70 a bug; `check` ends as fsck(8)."""
+Exit codes: 0 done; 64 to 99 bad input, each case its own; 70 a bug; `check` ends as fsck(8),
+`validate` with 1 for warnings and 2 for a failed property."""
 
 
 def make_app() -> typer.Typer:
@@ -48,6 +50,7 @@ def make_app() -> typer.Typer:
     app.command("status")(status)
     app.command("check", no_args_is_help=True)(check)
     app.command("dump", no_args_is_help=True)(dump)
+    app.command("validate", no_args_is_help=True)(validate)
     return app
 
 

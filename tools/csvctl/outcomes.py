@@ -22,8 +22,9 @@
 | 79   | newer format                     |      |                                           |
 
 `csvctl check` ends like fsck(8) instead: 0 clean, 1 errors corrected, 4 errors left, 8 it could
-not be done, 16 the command line, 32 interrupted. `mount.csvfs` ends as mount(8) wants: 0, 1 for the
-command line, 2 the system, 4 a bug, 8 interrupted, 32 not mounted.
+not be done, 16 the command line, 32 interrupted. `csvctl validate` that could look ends with 0
+(nothing failed), 1 (warnings only) or 2 (something failed), else as the table. `mount.csvfs` ends
+as mount(8) wants: 0, 1 for the command line, 2 the system, 4 a bug, 8 interrupted, 32 not mounted.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ OUTCOMES: Final[dict[Kind, Outcome]] = {
     Kind.OCCUPIED_LUN: Outcome(
         75,
         _NOTHING_CHANGED,
-        "Make sure that it is the right LUN and nobody needs what is on it; then "
-        "`csvctl format --force`.",
+        "Make sure that it is the right LUN. Only if nobody needs what is on it: "
+        "`csvctl format --force` destroys it.",
     ),
     Kind.FOREIGN_KEY: Outcome(
         76,
@@ -184,6 +185,10 @@ OUTCOMES: Final[dict[Kind, Outcome]] = {
     Kind.INTERRUPTED: Outcome(95, "Nothing is mounted.", "Run it again."),
     Kind.VOLUME_OPTIONS: Outcome(96, _NOTHING_CHANGED, "Choose other options."),
 }
+
+VALID: Final = 0
+VALID_WITH_WARNINGS: Final = 1
+NOT_VALID: Final = 2
 
 FSCK_CLEAN: Final = 0
 FSCK_CORRECTED: Final = 1
