@@ -27,6 +27,7 @@ invariants (`check`):
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -153,6 +154,15 @@ class Holdings:
             before = span
 
 
+Process = Owner | tuple[int, int]
+"""(node, pid), or an owner whose process is not known."""
+
+
+def process_of(owner: Owner) -> Process:
+    """What two owners of one process have in common."""
+    return (owner.node, owner.pid) if owner.pid else owner
+
+
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A request that waits, since ``since`` on the master's clock.
@@ -183,12 +193,18 @@ def _exclude(a: RangeLock, b: RangeLock) -> bool:
 
 
 class RangeLocks:
-    """The byte-range locks of one file. Changes it by one operation at a time; sends nothing."""
+    """The byte-range locks of one file. Changes it by one operation at a time; sends nothing.
 
-    __slots__ = ("held", "ranges_per_owner", "resource", "waiting")
+    ``holders`` counts, for all files, the owners of each process that hold something in a file.
+    """
 
-    def __init__(self, resource: Resource, ranges_per_owner: int) -> None:
+    __slots__ = ("held", "holders", "ranges_per_owner", "resource", "waiting")
+
+    def __init__(
+        self, resource: Resource, ranges_per_owner: int, holders: Counter[Process]
+    ) -> None:
         self.resource = resource
+        self.holders = holders
         self.ranges_per_owner = ranges_per_owner
         self.held: dict[Owner, Holdings] = {}
         self.waiting: list[Waiting] = []
@@ -238,7 +254,7 @@ class RangeLocks:
             return Outcome.WOULD_BLOCK
         holdings = self.held.get(request.owner)
         if holdings is None:
-            holdings = self.held[request.owner] = Holdings()
+            holdings = self._new_holder(request.owner)
         elif len(holdings.spans) >= self.ranges_per_owner:
             return Outcome.NO_LOCKS
         if request.owner.kind is Kind.FLOCK:
@@ -254,7 +270,7 @@ class RangeLocks:
             return False
         if holdings.spans[0].access is request.access:
             return False
-        del self.held[request.owner]
+        self.forget(request.owner)
         return True
 
     def enqueue(self, request: RangeLock, now: float) -> Waiting:
@@ -273,8 +289,21 @@ class RangeLocks:
             return Outcome.NO_LOCKS
         holdings.lower_to(start, end, keep)
         if not holdings.spans:
-            del self.held[owner]
+            self.forget(owner)
         return Outcome.DONE
+
+    def forget(self, owner: Owner) -> None:
+        """The owner holds nothing from now on."""
+        if self.held.pop(owner, None) is not None:
+            process = process_of(owner)
+            self.holders[process] -= 1
+            if not self.holders[process]:
+                del self.holders[process]
+
+    def _new_holder(self, owner: Owner) -> Holdings:
+        self.holders[process_of(owner)] += 1
+        holdings = self.held[owner] = Holdings()
+        return holdings
 
     def assert_held(self, hold: RangeHold) -> None:
         """Take an owner's word after a recovery. Raises `ProtocolViolation` if two exclude."""
@@ -285,7 +314,8 @@ class RangeLocks:
                     raise ProtocolViolation(
                         f"{self.resource.name!r}: {hold} against {RangeHold(owner, *span)}"
                     )
-        holdings = self.held.setdefault(hold.owner, Holdings())
+        known = self.held.get(hold.owner)
+        holdings = known if known is not None else self._new_holder(hold.owner)
         holdings.raise_to(hold.start_bytes, hold.end_bytes, hold.access)
 
     def next_grantable(self) -> Waiting | None:

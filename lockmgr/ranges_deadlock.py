@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 
+from lockmgr.ranges import process_of
 from lockmgr.ranges_messages import (
     AskRangeWaits,
     Kind,
@@ -25,7 +26,6 @@ from lockmgr.ranges_messages import (
     RangeWaits,
     WaitEdges,
 )
-from lockmgr.ranges_waits import process_of
 
 WaitKey = tuple[int, int]
 """Node and serial of a request that waits."""

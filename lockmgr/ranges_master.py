@@ -100,7 +100,7 @@ class RangeMaster:
         name = message.resource.name
         file = self.files.get(name)
         if file is None:
-            file = self.files[name] = RangeLocks(message.resource, self._ranges_per_owner)
+            file = self.files[name] = self._new_file(message.resource)
         if isinstance(message, RangeLock):
             self._lock(file, message)
         elif isinstance(message, RangeLower):
@@ -118,6 +118,9 @@ class RangeMaster:
             )
         if file.empty:
             del self.files[name]
+
+    def _new_file(self, resource: Resource) -> RangeLocks:
+        return RangeLocks(resource, self._ranges_per_owner, self._graph.holders)
 
     def _lock(self, file: RangeLocks, message: RangeLock) -> None:
         left = file.leave_flock(message)
@@ -142,7 +145,7 @@ class RangeMaster:
             self._serve(file)
 
     def _forget(self, file: RangeLocks, message: RangeForget) -> None:
-        file.held.pop(message.owner, None)
+        file.forget(message.owner)
         if message.waits:
             for waiting in [w for w in file.waiting if w.message.owner == message.owner]:
                 self._end_wait(file, waiting, Outcome.CANCELLED)
@@ -283,7 +286,7 @@ class RangeMaster:
         name = message.resource.name
         file = self.files.get(name)
         if file is None:
-            file = self.files[name] = RangeLocks(message.resource, self._ranges_per_owner)
+            file = self.files[name] = self._new_file(message.resource)
         for hold in message.holds:
             file.assert_held(hold)
         if file.empty:

@@ -17,22 +17,20 @@ A circle may go through other masters too. So a request that has waited `FIRST_D
 to look for one (`lockmgr.ranges_deadlock`), and again each time it has waited four times as long.
 
 invariants (`check`):
-- all indexes have exactly what waits
+- all indexes have exactly what waits, ``holders`` who holds
 - no circle goes through a patient request that is held back by others
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from typing import Final, TypeVar
 
-from lockmgr.ranges import RangeLocks, Waiting
+from lockmgr.ranges import Process, RangeLocks, Waiting, process_of
 from lockmgr.ranges_messages import EDGES_PER_WAIT, Kind, Owner, RangeLock, WaitEdges
 from lockmgr.timers import Timers
-
-Process = Owner | tuple[int, int]
-"""(node, pid), or an owner whose process is not known."""
 
 FIRST_DOUBT_S: Final = 0.5
 DOUBT_GROWS: Final = 4
@@ -42,17 +40,14 @@ FileWait = tuple[RangeLocks, Waiting]
 Key = TypeVar("Key")
 
 
-def process_of(owner: Owner) -> Process:
-    """What two owners of one process have in common."""
-    return (owner.node, owner.pid) if owner.pid else owner
-
-
 class WaitGraph:
     """All that waits in the files of one master, by owner and by process."""
 
-    __slots__ = ("_all", "_by_owner", "_by_process", "_doubts")
+    __slots__ = ("_all", "_by_owner", "_by_process", "_doubts", "holders")
 
     def __init__(self) -> None:
+        self.holders: Counter[Process] = Counter()
+        """How many owners of a process hold something in a file; kept by the files."""
         self._all: dict[Waiting, RangeLocks] = {}
         """The oldest first."""
         self._by_owner: dict[Owner, list[FileWait]] = {}
@@ -111,6 +106,7 @@ class WaitGraph:
 
     def clear(self) -> None:
         """Nobody waits."""
+        self.holders.clear()
         self._all.clear()
         self._by_owner.clear()
         self._by_process.clear()
@@ -140,12 +136,17 @@ class WaitGraph:
         return None
 
     def in_circle(self, owner: Owner) -> bool:
-        """Does the process of ``owner`` wait for itself, by way of holders and of fairness?"""
+        """Does the process of ``owner`` wait for itself, by way of holders and of fairness?
+
+        May say no of a process that holds nothing and has one wait only: of whom the newest wait
+        of a circle is, others wait for what it holds or for what else it waits for.
+        """
         process = process_of(owner)
-        waits = self._by_process.get(process)
-        return waits is not None and self._reaches(
-            (other for file, waiting in waits for other in _awaited(file, waiting)), process
-        )
+        waits = self._by_process.get(process, ())
+        if not waits or (len(waits) == 1 and process not in self.holders):
+            return False
+        awaited = (other for file, waiting in waits for other in _awaited(file, waiting))
+        return self._reaches(awaited, process)
 
     def held_back_in_circle(self) -> list[FileWait]:
         """Requests that fairness holds back behind those that depend on them."""
@@ -172,8 +173,10 @@ class WaitGraph:
                     reached.extend(_awaited(file, waiting))
         return False
 
-    def check(self, files: Iterable[RangeLocks]) -> None:
+    def check(self, files: Collection[RangeLocks]) -> None:
         """Assert the invariants; ``files``: all that this graph is about."""
+        holders = Counter(process_of(owner) for file in files for owner in file.held)
+        assert holders == self.holders
         listed = {(id(file), id(waiting)) for file in files for waiting in file.waiting}
         indexes: tuple[Iterable[list[FileWait]], ...] = (
             self._by_owner.values(),

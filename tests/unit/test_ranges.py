@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
+from dataclasses import fields
+from enum import IntEnum
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -499,3 +504,46 @@ def test_snapshot_says_who_waits_for_whom() -> None:
         "POSIX 0x3 of node 0 pid 103 READ 0..9 waits 2.0 s "
         "after POSIX 0x2 of node 0 pid 102, who came first"
     )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_wild_peer_is_a_violation_and_nothing_else(seed: int) -> None:
+    """Well-formed messages that make no sense: refused, or carried out; the state stays sound."""
+    rng = random.Random(seed)
+    core = RangeCore(0, 1, lambda _resource: 0, members=[0, 1, 2], coordinator=0)
+    kinds = [kind for kind in get_args(RangeMessage) if kind is not RangeReassert]
+    refused = 0
+    for _ in range(200):
+        message = wild(rng, rng.choice(kinds))
+        try:
+            core.deliver(message, 0.0)
+        except ProtocolViolation:
+            refused += 1
+        if rng.random() < 0.2:
+            start = rng.randrange(4)
+            access = rng.choice([*Access])
+            core.step(SetRange(rng.getrandbits(60), A, posix(0, 1), start, 9, access, True), 0.0)
+        core.check()
+    assert 0 < refused < 200
+
+
+def wild(rng: random.Random, kind: Any) -> Any:
+    """Any value of that type, drawn from few, so that it may meet another."""
+    if kind is int:
+        return rng.choice([0, 1, 1, 2, 3, 5, 8, END])
+    if kind in (float, bool):
+        return kind(rng.randrange(2))
+    if kind is Resource:
+        return rng.choice([A, B])
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return wild(rng, arguments[0])
+    if origin is tuple:
+        return tuple(wild(rng, arguments[0]) for _ in range(rng.randrange(3)))
+    if isinstance(kind, type) and issubclass(kind, IntEnum):
+        return rng.choice([*kind])
+    hints = get_type_hints(kind)
+    drawn = {field.name: wild(rng, hints[field.name]) for field in fields(kind)}
+    if "epoch" in drawn:
+        drawn["epoch"] = 1
+    return kind(**drawn)
