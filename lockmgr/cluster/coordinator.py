@@ -156,7 +156,7 @@ def publish(st: NodeState, before: View, after: View, *, everything: bool) -> St
         keys = tuple(key for key in survey.keys if _is_to_fence(st, after, key, gone, everything))
         # Also who leaves cleanly may have left keys behind, of sessions that it lost earlier.
         if everything or departing or keys:
-            yield from st.do(Fence(st.op(), keys, tuple(sorted(fenced))))
+            yield from st.do(Fence(st.op(), keys, tuple(sorted(fenced)), silent(st, after)))
             yield from look(st)
         for node in fenced - st.cleared:
             last_change = st.judge.changed_at(node, st.now)
@@ -175,6 +175,15 @@ def _is_to_fence(
     if everything:
         return owner is None or not view.lists(*owner)
     return owner in gone
+
+
+def silent(st: NodeState, view: View) -> tuple[NodeId, ...]:
+    """Nodes that may block a drain: gone, or without a sign of life for as long as a path takes to
+    be lost. If they live, they open new paths."""
+    assert st.judge is not None
+    latest = st.now - st.settings.path_loss_s
+    quiet = (n for n in view.listed if n != st.me and st.judge.last_sign(n) < latest)
+    return (*view.to_replay, *quiet)
 
 
 def look(st: NodeState) -> Steps[None]:

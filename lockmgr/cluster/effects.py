@@ -98,7 +98,8 @@ class WriteView:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """PREEMPT ``old_key``, then READ RESERVATION, same session: Good(Won | Lost | NobodyHolds)."""
+    """PREEMPT ``old_key``, then READ RESERVATION, same session: Good(Won | Lost | NobodyHolds). A
+    conflict because nobody has that key any more is a Lost, or a NobodyHolds."""
 
     op: int
     old_key: int
@@ -117,11 +118,14 @@ class Fence:
     """The whole fence, on the reserving session: close by reinstatement, PREEMPT, RESET. Of the
     paths with these ``keys``, and of every path of these ``nodes``: each session that their slot
     block records and each registered key of theirs, read now. Good(None): nothing of them is on
-    its way any more, and nothing can come. A key that is not registered any more is no error."""
+    its way any more, and nothing can come. A key that is not registered any more is no error.
+    Without keys and nodes it only drains. If the RESET has no answer for 2 s, some frozen reader
+    blocks it: fence the ``stragglers`` too, who are silent, and issue it again."""
 
     op: int
     keys: tuple[int, ...]
     nodes: tuple[NodeId, ...] = ()
+    stragglers: tuple[NodeId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

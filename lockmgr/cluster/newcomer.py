@@ -267,7 +267,8 @@ def _succeed(st: NodeState, key: int, survey: Surveyed) -> Steps[None]:
             return
         if not isinstance(answer, Won):
             return
-    yield from st.do(Fence(st.op(), (old,) if old not in (0, key) else ()))
+    keys = (old,) if old not in (0, key) else ()
+    yield from st.do(Fence(st.op(), keys, stragglers=_all_gone(survey.view)))
     seen = yield from st.ask(Survey(st.op()), Surveyed)
     if seen.holder_key != key:
         return
@@ -285,7 +286,8 @@ def _succeed(st: NodeState, key: int, survey: Surveyed) -> Steps[None]:
     st.dead |= {node for node in seen.view.listed if _is_own(st, seen.view, node)}
     again = yield from st.ask(Survey(st.op()), Surveyed)
     strangers = tuple(k for k in again.keys if k != key)
-    yield from st.do(Fence(st.op(), strangers, view.to_replay))
+    gone = tuple({*view.to_replay, *_all_gone(seen.view)})
+    yield from st.do(Fence(st.op(), strangers, tuple(sorted(gone))))
     opened = yield from open_once(st)
     if opened.holder_key != key or opened.view.epoch != view.epoch:
         raise PathGone
@@ -295,6 +297,11 @@ def _succeed(st: NodeState, key: int, survey: Surveyed) -> Steps[None]:
     st.holds = True
     yield DropNewcomer(st.op())
     yield from take_office(st, key)
+
+
+def _all_gone(view: View) -> tuple[NodeId, ...]:
+    """Whoever was a member before this node: none of them has been heard for a while."""
+    return (*view.listed, *view.to_replay)
 
 
 def _first_view(st: NodeState, key: int, seen: Surveyed) -> View:

@@ -14,7 +14,7 @@ take office 3  Fence the old holder's lost paths: nothing that it wrote is on it
 from __future__ import annotations
 
 from lockmgr.cluster.change import Changes, next_view
-from lockmgr.cluster.coordinator import duties, look, publish, replayers
+from lockmgr.cluster.coordinator import duties, look, publish, replayers, silent
 from lockmgr.cluster.effects import Fence, OpenPaths, Reserve, StopReason, Survey, Take
 from lockmgr.cluster.judge import Judge
 from lockmgr.cluster.messages import YouHold
@@ -214,7 +214,8 @@ def take_office(st: NodeState, old_key: int) -> Steps[None]:
     elif old is not None and old != st.me and (old not in st.best or old in st.dead):
         nodes = (old,)
     st.named = None
-    yield from st.do(Fence(st.op(), tuple(keys), nodes))
+    stragglers = silent(st, st.current) if st.current is not None else ()
+    yield from st.do(Fence(st.op(), tuple(keys), nodes, stragglers))
     survey = yield from st.ask(Survey(st.op()), Surveyed)
     check_listed(st, survey.view)
     note_survey(st, survey)

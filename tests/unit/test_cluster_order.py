@@ -111,8 +111,23 @@ def test_no_lease_for_who_is_about_to_be_evicted_or_is_not_listed() -> None:
     assert lease_answers(hosts[1], hosts[0].node, world.now) == 0  # not the coordinator
     stranger = NodeId(hosts[1].node.slot, hosts[1].node.incarnation + 1)
     assert lease_answers(hosts[0], stranger, world.now) == 0
-    hosts[0].member.state.condemned.add(hosts[1].node)
+    hosts[0].give(EvictWanted(hosts[1].node, "test"))  # the view write is on its way
+    assert world.lun.view.lists(*hosts[1].node)
     assert lease_answers(hosts[0], hosts[1].node, world.now) == 0
+
+
+def test_loser_backs_off() -> None:
+    world = World()
+    hosts = world.cluster(4)
+    world.kill(hosts[0])
+    for host in hosts[1:]:
+        host.give(DeathProven(hosts[0].node))
+    world.run(0.5)
+    losers = [host for host in hosts[1:] if not host.member.is_coordinator]
+    assert len(losers) == 2
+    tried = [host for host in losers if host.member.state.backoff_until > world.now + 5]
+    assert tried
+    assert all(len(host.when(Take)) == 1 for host in tried)
 
 
 def test_no_lease_from_a_coordinator_whose_own_writes_are_old() -> None:
