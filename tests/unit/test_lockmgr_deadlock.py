@@ -17,7 +17,7 @@ import pytest
 from lockmgr.claim import Claim, ClaimState
 from lockmgr.deadlock import shortest_cycle
 from lockmgr.events import Deliver, Effect, Event, TimerDue
-from lockmgr.messages import Deadlocks, Resource, Victim, Waits
+from lockmgr.messages import AskWaits, Deadlocks, Resource, Victim, Waits
 from lockmgr.modes import Mode
 from lockmgr.settings import Settings
 from tests.unit.lockmgr_changing import ChangingCluster
@@ -158,6 +158,29 @@ def test_a_queue_is_waited_for_too() -> None:
     assert set(cluster.waiting) == {carol, alice, bob}
     cluster.search()
     assert len(cluster.victims) == 1
+
+
+def test_answers_of_different_moments_make_no_victim() -> None:
+    """Alice gives up waiting after her node has answered, Bob begins before his does."""
+    cluster = Suspicious(3)
+    x, y = AT[2], AT[0]
+    cluster.acquire(0, x, EX, owner="alice")
+    cluster.acquire(1, y, EX, owner="bob")
+    cluster.settle()
+    cluster.acquire(2, x, EX)
+    cluster.acquire(2, y, EX)
+    cluster.settle()
+    alice = cluster.acquire(0, y, EX, owner="alice")
+    cluster.settle()
+    cluster.sleep(AFTER_S + 0.1)
+    assert [type(message) for message in cluster.channels[0, 1]] == [AskWaits]
+    cluster.withdraw(alice)
+    bob = cluster.acquire(1, x, EX, owner="bob")
+    cluster.deliver(1, 2)
+    cluster.settle()
+    assert cluster.cores[0].search._round == 2, "the first round showed a cycle"
+    cluster.search()
+    assert not cluster.victims and bob in cluster.waiting
 
 
 def test_a_long_wait_is_no_deadlock() -> None:
