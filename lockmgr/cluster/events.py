@@ -75,7 +75,8 @@ class PathLost:
     is outstanding is still answered (`Unknown`)."""
 
     keys: tuple[int, ...] = ()
-    """Those of the lost paths; a coordinator passes them on to its successor, to be fenced."""
+    """Those of the lost paths, the control session's among them; a coordinator passes them on to
+    its successor, to be fenced. Keys of paths before the present ones change nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,8 +188,7 @@ class Member:
             case Received(peer, message):
                 self._received(peer, message)
             case PathLost(keys):
-                st.lose_path()
-                st.lost_keys = tuple(dict.fromkeys((*st.lost_keys, *keys)))
+                self._path_lost(keys)
             case PathBack():
                 st.path_back = True
             case PeerConnected(peer):
@@ -218,6 +217,14 @@ class Member:
                 if st.leaving_since is None:
                     st.leaving_since = st.now
         self._stirred = True
+
+    def _path_lost(self, keys: tuple[int, ...]) -> None:
+        st = self.state
+        if not keys or st.me is None or st.path_key in keys:
+            st.lose_path()
+        # Else it is said late, of paths that this node knows are lost: new ones may be opening.
+        if st.path_key == 0:
+            st.lost_keys = tuple(dict.fromkeys((*st.lost_keys, *keys)))
 
     def _done(self, op: int, outcome: Outcome) -> None:
         if op not in self._outstanding:

@@ -209,7 +209,7 @@ def _request(st: NodeState, search: _Search, key: int, view: View, blocks: Block
         slot = _choose_slot(st, view, frozenset(taken))
         search.slot = slot
     if slot is None:
-        if not view.to_replay:
+        if _is_full_for_good(st, search, view, blocks):
             raise Stopped(
                 StopReason.REFUSED,
                 f"all {len(view.slots)} slots of the volume are in use: stop a host, or format "
@@ -230,6 +230,15 @@ def _request(st: NodeState, search: _Search, key: int, view: View, blocks: Block
         me.certificate,
     )
     yield from st.do(WriteJoin(st.op(), request))
+
+
+def _is_full_for_good(st: NodeState, search: _Search, view: View, blocks: Blocks) -> bool:
+    """No slot will be free soon: none needs replay, none has a dead node of this host, whom the
+    others will evict; and somebody lives, or there will be silence."""
+    if view.to_replay or any(_is_own(st, view, node) for node in view.listed):
+        return False
+    first = search.first_beats or {}
+    return any(first.get(beat.node, beat.sequence) != beat.sequence for beat in blocks.heartbeats)
 
 
 def _is_free(slot: ViewSlot) -> bool:

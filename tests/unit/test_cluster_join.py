@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lockmgr.cluster.blocks import JoinRequest
 from lockmgr.cluster.effects import (
     DepartedMayBeGranted,
@@ -188,6 +190,17 @@ def test_all_slots_in_use() -> None:
     world.run_until(lambda: late.stopped is not None, 5)
     assert late.stopped is not None
     assert late.stopped.reason is StopReason.REFUSED
+
+
+@pytest.mark.parametrize("back", [(0, 1, 2), (2,)])
+def test_blackout_of_a_full_volume(back: tuple[int, ...]) -> None:
+    world = World(slots=3)
+    for host in world.cluster(3):
+        world.kill(host)
+    world.run(60)
+    again = [world.host(f"host{n}") for n in back]
+    world.run_until(lambda: all(is_active(host) for host in again), 60)
+    assert not world.lun.view.to_replay
 
 
 # -- leaving -------------------------------------------------------------------------------------

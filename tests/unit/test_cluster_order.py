@@ -17,7 +17,7 @@ from lockmgr.cluster.effects import (
     WriteHeartbeat,
     WriteView,
 )
-from lockmgr.cluster.events import DeathProven, EvictWanted, Received, Tick
+from lockmgr.cluster.events import DeathProven, EvictWanted, PathLost, Received, Tick
 from lockmgr.cluster.messages import Announce, AskLease, LeaseGiven, ReplayDone, TakeOver
 from lockmgr.cluster.view import NodeId
 from tests.unit.cluster_world import Host, World
@@ -204,6 +204,21 @@ def test_joining_coordinator_learns_that_the_locks_are_thawed() -> None:
     view = late.member.view
     assert view is not None
     assert late.node in view.active
+
+
+def test_path_that_is_said_late_to_be_lost_does_not_close_the_next_one() -> None:
+    world = World()
+    hosts = world.cluster(2)
+    assert hosts[1].control is not None
+    old = hosts[1].control.key
+    hosts[1].give(PathLost((old,)))
+    hosts[1].give(PathLost((old,)))
+    world.run(1)
+    opened = len(hosts[1].when(OpenPaths))
+    hosts[1].give(PathLost((old,)))
+    world.run(1)
+    assert len(hosts[1].when(OpenPaths)) == opened
+    assert hosts[1].member.state.path_key not in (0, old)
 
 
 def test_steps_after_the_end_do_nothing() -> None:
