@@ -3,6 +3,8 @@
 Beside what `tests.unit.lockmgr_cluster` asserts, after every step:
 - whatever a node gains in a view without a departed one, that one is not in its way: its journal
   is replayed if it held a writing mode, and it is cleared if the modes are incompatible
+- a node that was evicted and does not know it (a zombie) holds nothing incompatible with what the
+  others hold, until it is cleared
 - a value block that is read is the last one written, or not valid; never an older one
 """
 
@@ -15,6 +17,7 @@ from lockmgr.claim import Claim
 from lockmgr.core import LockCore
 from lockmgr.events import (
     Cleared,
+    Demote,
     Effect,
     EpochRefused,
     JournalsReplayed,
@@ -47,7 +50,7 @@ class Gains:
 
 
 class ChangingCluster(Cluster):
-    """Adds `kill`, `change_view`, `install`, `replay`, `clear` and `join`."""
+    """Adds `kill`, `evict`, `change_view`, `install`, `replay`, `clear` and `join`."""
 
     def __init__(
         self,
@@ -61,6 +64,8 @@ class ChangingCluster(Cluster):
         self.epoch = 3
         self.coordinator = 0
         self.dead: dict[int, Dead] = {}
+        self.zombies: set[int] = set()
+        """Not in the newest view, and still running on their leases."""
         self.views: dict[int, deque[ViewChanged]] = {node: deque() for node in range(nodes)}
         """Views that a node has yet to learn of; it may skip all but the last."""
         self.thawed: dict[int, int] = dict.fromkeys(range(nodes), 3)
@@ -71,10 +76,10 @@ class ChangingCluster(Cluster):
     # -- what befalls the cluster ------------------------------------------------------------
     def kill(self, node: int, keep: int = 0) -> None:
         """``node`` is dead. Of what it had sent, ``keep`` messages of each channel arrive."""
+        if node not in self.zombies:
+            self.dead[node] = self._as_dead(node)
         self.alive.remove(node)
-        locks = self.cores[node].locks.locks.values()
-        held = {lock.resource: lock.held for lock in locks if lock.held is not None}
-        self.dead[node] = Dead(node, held)
+        self.zombies.discard(node)
         self.changed = True
         for (source, to), channel in self.channels.items():
             if to == node:
@@ -96,11 +101,40 @@ class ChangingCluster(Cluster):
             del self._last_use[used]
         self.views[node].clear()
 
-    def change_view(self, joining: int | None = None) -> ViewChanged:
-        """Membership agrees on a view of those alive; everybody has yet to learn of it."""
-        self.members = sorted(self.alive) if joining is None else sorted({*self.alive, joining})
+    def _as_dead(self, node: int) -> Dead:
+        locks = self.cores[node].locks.locks.values()
+        return Dead(node, {lock.resource: lock.held for lock in locks if lock.held is not None})
+
+    def evict(self, node: int) -> None:
+        """``node`` is fenced, but goes on until it is cleared. Only its owners do not: they cannot
+        write back what they had changed.
+        """
+        self.dead[node] = self._as_dead(node)
+        self.zombies.add(node)
+        self.views[node].clear()
+        for place in self.demoting:
+            if self._cannot_write_back(*place):
+                self.draining.add(place)
+
+    def _cannot_write_back(self, node: int, resource: Resource) -> bool:
+        return node in self.zombies and WRITES[self.dead[node].held.get(resource, Mode.NL)]
+
+    def demoted(self, node: int, resource: Resource) -> None:
+        if self._cannot_write_back(node, resource):
+            self.draining.add((node, resource))
+        else:
+            super().demoted(node, resource)
+
+    @property
+    def present(self) -> set[int]:
+        """Those that are, or are to be, in the view."""
+        return self.alive - self.zombies
+
+    def change_view(self) -> ViewChanged:
+        """Membership agrees on a view of those present; everybody has yet to learn of it."""
+        self.members = sorted(self.present)
         self.epoch += 1
-        self.coordinator = min(self.alive)
+        self.coordinator = min(self.present)
         self.changed = True
         for dead in self.dead.values():
             if dead.gone_in is None:
@@ -114,7 +148,7 @@ class ChangingCluster(Cluster):
         """Another coordinator, in the same lock epoch."""
         self.coordinator = coordinator
         view = ViewChanged(self.epoch, tuple(self.members), coordinator, self.unreplayed)
-        for node in set(self.members) & self.alive:
+        for node in set(self.members) & self.present:
             self.views[node].append(view)
 
     @property
@@ -141,11 +175,13 @@ class ChangingCluster(Cluster):
     def clear(self, node: int) -> None:
         """The lease of the departed ``node`` is over; the coordinator is told."""
         self.dead[node].cleared = True
+        if node in self.zombies:
+            self.kill(node)
         self.step(self.coordinator, Cleared(frozenset({node})))
 
     def retell(self) -> None:
         """A coordinator that was not told tells everybody by its next view of the same members."""
-        for node in sorted(self.alive):
+        for node in sorted(self.present):
             core = self.cores[node]
             if core.epoch == self.epoch:
                 self.step(
@@ -160,7 +196,7 @@ class ChangingCluster(Cluster):
         all_thawed = (
             coordinator.epoch == self.epoch
             and not coordinator.recovery.frozen
-            and self.alive == set(self.members)
+            and self.present == set(self.members)
         )
         return all_thawed and (with_debts or not self.unreplayed)
 
@@ -184,7 +220,7 @@ class ChangingCluster(Cluster):
 
     def recover_all(self) -> None:
         """No more failures: agree, replay, clear; the locks must thaw."""
-        if set(self.members) != self.alive:
+        if set(self.members) != self.present:
             self.change_view()
         self.recover()
         for dead in list(self.dead.values()):
@@ -194,11 +230,16 @@ class ChangingCluster(Cluster):
                 self.clear(dead.node)
         self.retell()
         self.settle()
-        assert all(self.thawed[node] == self.epoch for node in self.alive), self.thawed
+        assert all(self.thawed[node] == self.epoch for node in self.present), self.thawed
         for _, core in self.living:
             assert not core.recovery.debts.owing and not core.recovery.debts.losses
 
     # -- what must be true -------------------------------------------------------------------
+    def _carry_out(self, node: int, effect: Effect) -> None:
+        super()._carry_out(node, effect)
+        if isinstance(effect, Demote) and self._cannot_write_back(node, effect.resource):
+            self.draining.add((node, effect.resource))
+
     def _carry_out_change(self, node: int, effect: Effect) -> None:
         match effect:
             case EpochRefused():
@@ -233,7 +274,8 @@ class ChangingCluster(Cluster):
             had = dead.held.get(resource, Mode.NL)
             words = f"node {core.node} gains {mode} of {resource.name!r}, {dead} had {had}"
             assert dead.replayed or not WRITES[had], words
-            assert dead.cleared or COMPATIBLE[had][mode], words
+            lives = dead.node in self.zombies  # then what it holds *now* counts
+            assert dead.cleared or lives or COMPATIBLE[had][mode], words
 
     def _check_value(self, claim: Claim, seen: bytes | None) -> None:
         if not (self.changed and seen is None):

@@ -73,6 +73,9 @@ class ChangingHistory:
     def _node(self) -> int:
         return self.rng.choice(sorted(self.cluster.alive))
 
+    def _member(self) -> int:
+        return self.rng.choice(sorted(self.cluster.present))
+
     def _acquire(self) -> str:
         patience = self.rng.choice([*Patience, *[Patience.QUEUE] * 4])
         claim = self.cluster.acquire(
@@ -150,15 +153,18 @@ class ChangingHistory:
         return f"{duration_s} s pass"
 
     def _kill(self) -> str | None:
-        if len(self.cluster.alive) < 2 or self.deaths > 4:
+        if len(self.cluster.present) < 2 or self.deaths > 4:
             return None
         self.deaths += 1
-        node, keep = self._node(), self.rng.choice([0, 0, 1, 3, 100])
+        node, keep = self._member(), self.rng.choice([0, 0, 1, 3, 100])
+        if self.rng.random() < 0.4:
+            self.cluster.evict(node)
+            return f"node {node} is evicted, and does not know"
         self.cluster.kill(node, keep)
         return f"node {node} dies, {keep} messages of it arrive"
 
     def _view(self) -> str | None:
-        if set(self.cluster.members) == self.cluster.alive:
+        if set(self.cluster.members) == self.cluster.present:
             return None
         return str(self.cluster.change_view())
 
@@ -174,7 +180,7 @@ class ChangingHistory:
         cluster = self.cluster
         dead = [dead for dead in cluster.dead.values() if dead.gone_in is not None]
         dead = [one for one in dead if not (one.replayed and one.cleared)]
-        if not dead or cluster.coordinator not in cluster.alive:
+        if not dead or cluster.coordinator not in cluster.present:
             return None
         one = self.rng.choice(dead)
         if not one.replayed and self.rng.random() < 0.5:
@@ -187,9 +193,9 @@ class ChangingHistory:
         return "the view says again what is settled"
 
     def _hand_over(self) -> str | None:
-        if set(self.cluster.members) != self.cluster.alive:
+        if set(self.cluster.members) != self.cluster.present:
             return None
-        node = self._node()
+        node = self._member()
         self.cluster.hand_over(node)
         return f"node {node} is coordinator of epoch {self.cluster.epoch}"
 
