@@ -332,11 +332,13 @@ def _san_reset(plan: Plan, machine: Machine) -> Heal | None:
     """Its sessions are closed at the target; what it had sent may still land."""
 
     def reset() -> None:
+        plan.cluster.lun.late_chance = 0.0
         for session in list(machine.san.sessions):
             if session.there:
                 plan.cluster.lun.end_session(session)
 
-    if plan.rng.random() < 0.5 and _late_writes(plan, machine) is not None:
+    if plan.rng.random() < 0.7 and _late_writes(plan, machine) is not None:
+        plan.cluster.lun.late_chance = 0.7
         plan.world.after(0.3 + plan.rng.random(), reset)
     else:
         reset()
@@ -470,7 +472,7 @@ FAULTS: dict[str, tuple[Callable[[Plan, Machine], Heal | None], float]] = {
     "san-cut": (_san_cut, 1.5),
     "san-cut-out": (_san_cut_out, 1.0),
     "san-cut-in": (_san_cut_in, 1.0),
-    "san-reset": (_san_reset, 1.0),
+    "san-reset": (_san_reset, 1.8),
     "san-dark": (_san_dark, 0.9),
     "target-restart": (_target_restart, 1.0),
     "slow-lun": (_slow_lun, 0.7),
