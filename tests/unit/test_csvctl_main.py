@@ -15,7 +15,7 @@ from csvctl.mount_helper import run as run_mount_helper
 from csvctl.sizes import parse_key, parse_size
 from csvfs.host.problems import Kind, Problem
 
-COMMANDS = ("format", "mount", "umount", "status", "check", "dump")
+COMMANDS = ("format", "mount", "umount", "status", "check", "dump", "validate")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

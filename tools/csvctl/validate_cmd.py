@@ -178,8 +178,13 @@ def _key_text(use: KeyUse) -> str:
 def _summary(report: Report) -> str:
     from csvfs.host.validate_facts import Verdict
 
-    counts = [(verdict, len(report.having(verdict))) for verdict in Verdict]
-    return ", ".join(f"{number} {verdict.value}" for verdict, number in counts if number)
+    words = []
+    for verdict in Verdict:
+        number = len(report.having(verdict))
+        plural = "s" if number > 1 and verdict in (Verdict.NOTE, Verdict.WARNING) else ""
+        if number:
+            words.append(f"{number} {verdict.value}{plural}")
+    return ", ".join(words)
 
 
 # -- doing it --------------------------------------------------------------------------------------
