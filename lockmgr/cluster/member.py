@@ -24,7 +24,7 @@ from random import Random
 
 from lockmgr.cluster.beating import Beating
 from lockmgr.cluster.blocks import Identity
-from lockmgr.cluster.coordinator import duties, is_serving, keep_books, may_renew, refuse, serve
+from lockmgr.cluster.coordinator import duties, is_serving, keep_books, refuse, serve
 from lockmgr.cluster.effects import DropNewcomer, Effect, Stop, StopReason
 from lockmgr.cluster.errors import MembershipError, MembershipViolation
 from lockmgr.cluster.events import (
@@ -44,7 +44,7 @@ from lockmgr.cluster.events import (
     Start,
     Tick,
 )
-from lockmgr.cluster.install import install
+from lockmgr.cluster.hearsay import receive, tell_coordinator
 from lockmgr.cluster.leave import (
     is_late,
     leave_as_member,
@@ -53,27 +53,12 @@ from lockmgr.cluster.leave import (
     park,
     stop_late,
 )
-from lockmgr.cluster.messages import (
-    Announce,
-    AskLease,
-    DeathReported,
-    EvictAsked,
-    JoinRefused,
-    LeaseGiven,
-    Leave,
-    Message,
-    Ready,
-    ReplayDone,
-    TakeOver,
-    Thawed,
-    YouHold,
-)
 from lockmgr.cluster.newcomer import join
 from lockmgr.cluster.outcomes import Good, Outcome
 from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.state import NodeState, PathGone, Pause, Steps, Stopped
 from lockmgr.cluster.succession import is_due, open_paths, take_over
-from lockmgr.cluster.view import Keys, NodeId, SlotState, View
+from lockmgr.cluster.view import Keys, NodeId, View
 
 
 class Member:
@@ -186,7 +171,7 @@ class Member:
                     raise MembershipViolation("started twice")
                 self._tick_at = st.now + st.rng.random() * st.settings.heartbeat_s
             case Received(peer, message):
-                self._received(peer, message)
+                receive(st, self._beating, peer, message)
             case PathLost(keys):
                 self._path_lost(keys)
             case PathBack():
@@ -200,19 +185,19 @@ class Member:
             case DeathProven(node):
                 if node != st.me:
                     st.dead.add(node)
-                self._tell_coordinator()
+                tell_coordinator(self.state)
             case EvictWanted(node, why):
                 st.asked[node] = why
-                self._tell_coordinator()
+                tell_coordinator(self.state)
             case Replayed(node):
                 if node == st.me:
                     st.journal_ready = True
                 else:
                     st.replayed_here.add(node)
-                self._tell_coordinator()
+                tell_coordinator(self.state)
             case LocksThawed(lock_epoch):
                 st.thawed = max(st.thawed, lock_epoch)
-                self._tell_coordinator()
+                tell_coordinator(self.state)
             case LeaveWanted():
                 if st.leaving_since is None:
                     st.leaving_since = st.now
@@ -249,7 +234,7 @@ class Member:
         keep_books(st)
         refuse(st)
         name_successor(st)
-        self._tell_coordinator()
+        tell_coordinator(self.state)
 
     def _suspect(self) -> None:
         st = self.state
@@ -258,76 +243,6 @@ class Member:
             st.suspected_since = min(st.suspected_since, st.now)
         else:
             st.suspected_since = float("inf")
-
-    def _received(self, peer: NodeId, message: Message) -> None:
-        st = self.state
-        if isinstance(message, JoinRefused):
-            if st.me is None:
-                raise Stopped(StopReason.REFUSED, message.words)
-            return
-        if st.me is None or st.judge is None:
-            return
-        match message:
-            case Announce(view, cleared):
-                if st.keys.owner(view.holder_key) == peer:
-                    install(st, view, cleared)
-            case AskLease(stamp):
-                if may_renew(st, peer):
-                    st.given.answered(peer, st.now)
-                    st.send(peer, LeaseGiven(stamp))
-            case LeaseGiven(stamp):
-                if stamp <= st.now and st.coordinator == peer:
-                    self._beating.renew(stamp)
-            case TakeOver(holder_key):
-                if st.keys.owner(holder_key) == peer:
-                    st.named, st.named_at = message, st.now
-            case YouHold(key):
-                st.told_holding = st.keys.owner(key) == st.me
-            case Leave(clean):
-                st.leavers[peer] = clean and st.leavers.get(peer, True)
-                if is_serving(st) and st.view is not None and not st.view.lists(*peer):
-                    st.lagging.add(peer)
-            case Ready():
-                st.ready.add(peer)
-            case Thawed(lock_epoch):
-                st.thawed = max(st.thawed, lock_epoch)
-            case ReplayDone(node):
-                if st.view is not None and st.view.replayer_of(node) == peer.slot:
-                    st.replay_done.add(node)
-            case EvictAsked(node, why):
-                if st.known is not None and st.known.lists(*node):
-                    st.asked.setdefault(node, why)
-            case DeathReported(node):
-                if st.known is not None and node != st.me and st.known.state_of(node):
-                    st.dead.add(node)
-
-    def _tell_coordinator(self) -> None:
-        """What the coordinator must know and the view does not show yet."""
-        st = self.state
-        view, coordinator = st.known, st.coordinator
-        if view is None or st.me is None:
-            return
-        ready = st.journal_ready and view.state_of(st.me) is SlotState.JOINING
-        replayed = [node for node in view.to_replay if node in st.replayed_here]
-        if coordinator == st.me:
-            if ready:
-                st.ready.add(st.me)
-            st.replay_done.update(replayed)
-            return
-        if coordinator is None:
-            return
-        if ready:
-            st.send(coordinator, Ready())
-        if view.joining and st.thawed == view.lock_epoch and view.state_of(st.me) is _ACTIVE:
-            st.send(coordinator, Thawed(st.thawed))
-        for node in replayed:
-            st.send(coordinator, ReplayDone(node))
-        for node in sorted(st.dead):
-            st.send(coordinator, DeathReported(node))
-        for node, why in sorted(st.asked.items()):
-            st.send(coordinator, EvictAsked(node, why))
-        if st.unregistered is not None:
-            st.send(coordinator, Leave(st.unregistered))
 
     # -- procedures ----------------------------------------------------------------------------
     def _go_on(self) -> None:
@@ -404,7 +319,6 @@ class Member:
             assert self._awaits in self._outstanding
 
 
-_ACTIVE = SlotState.ACTIVE
 _PROCEDURES_A_STEP = 4
 """A procedure that ends without I/O is followed by the next at once; more often than this in one
 step would be a loop, and the next tick goes on."""
