@@ -49,6 +49,9 @@ class OpenPaths:
     freezes between 2 and 3 may wake up when it was evicted and its slot is another's, and then only
     its own incarnation's key is sure to be fenced. The control session is on the LUN after its
     login; it never blocks a drain, so nobody has to reinstate it. The data session is there before.
+
+    All of it also when nobody holds (the target has restarted): the key is registered, and whoever
+    reserves and evicts this incarnation finds and fences it. Nothing else is written until then.
     """
 
     op: int
