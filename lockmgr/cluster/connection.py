@@ -81,6 +81,8 @@ class Connection:
         self.number = 0
         """0: not chosen."""
         self.failure: str | None = None
+        self.announced = False
+        """One side has said goodbye to the other: nobody needs to look into it."""
         self.traffic = Traffic()
         self.queue_bytes = 0
         self.rtt_s: float | None = None
@@ -173,6 +175,7 @@ class Connection:
             return
         self.failure = reason
         if farewell and not forget:
+            self.announced = True
             self._put(self._link.closing(farewell))
         self._reading.cancel()
         self._writable.unpark_all()
@@ -220,6 +223,7 @@ class Connection:
             self.fail(f"it broke: {cause_of(error)}", forget=True)
         except WireError as error:
             self.fail(f"the peer breaks the protocol: {error}", f"protocol error: {error}")
+            self.announced = False
 
     def _take(self, message: Any, receiver: Receiver) -> None:
         if self.failure is not None:
@@ -231,6 +235,7 @@ class Connection:
             case Pong(stamp_ns):
                 self.rtt_s = max(0.0, (time.monotonic_ns() - stamp_ns) / 1e9)
             case Goodbye(words):
+                self.announced = True
                 self.fail(f"the peer closes it: {ascii(words)[1:-1]:.200}", forget=True)
             case Chosen(number):
                 receiver.chosen(self, number)

@@ -320,7 +320,7 @@ class Network:
         if pair.used is connection:
             pair.discard(connection)
             reason = pair.traffic.last_loss = connection.failure or ""
-            level = logging.INFO if pair.gone or self._closing else logging.WARNING
+            level = logging.INFO if connection.announced else logging.WARNING
             log.log(level, "connection with node %s lost: %s", connection.peer, reason)
             self._deliver(Lost(connection.peer, connection.number, reason))
 
