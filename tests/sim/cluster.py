@@ -11,7 +11,7 @@ from lockmgr.cluster.view import NodeId, View
 from lockmgr.messages import Resource
 from lockmgr.settings import Settings as LockSettings
 from redirector.block.device import BlockError
-from redirector.block.reservations import Registration
+from redirector.block.reservations import PathClosed, Registration
 from tests.sim.content import Content
 from tests.sim.coverage import Coverage
 from tests.sim.daemon import Daemon
@@ -210,13 +210,6 @@ class Cluster:
         """What it held may be granted to others."""
         self.oracle.may_be_granted(node, self.by_node.get(node), by)
 
-    def is_silent(self, node: NodeId) -> bool:
-        """Its heartbeat block has not changed for 2 s."""
-        beat = self.content.heartbeats.get(node.slot)
-        if beat is None or beat.incarnation != node.incarnation:
-            return True
-        return self.world.now - self.content.beat_at.get(node.slot, 0.0) > 2.0
-
     async def prove(self, paths: Paths, data: Registration) -> bool:
         """Nothing of own lost data paths is on its way any more; False: ask again."""
         if not self.proves:
@@ -224,6 +217,9 @@ class Cluster:
             return True
         try:
             await paths.prove(data)
+        except PathClosed:
+            paths.path_lost(data)
+            return False
         except BlockError:
             return False
         return True

@@ -34,8 +34,6 @@ class Content:
     views: list[View]
     """Two copies; the one with the higher epoch is the view."""
     heartbeats: dict[int, Any] = field(default_factory=dict)
-    beat_at: dict[int, float] = field(default_factory=dict)
-    """By slot, when its heartbeat block was written last: for the simulation only."""
     joins: dict[int, Any] = field(default_factory=dict)
     ports: dict[int, InitiatorPort] = field(default_factory=dict)
     """The slot blocks: by key, the port of its session, written before that logs in."""

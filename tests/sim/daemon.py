@@ -65,7 +65,6 @@ class Daemon:
         self.paths = Paths(
             target, cluster.content, cluster.oracle, rng, machine.name, self._path_lost
         )
-        self.paths.silent = self._silent_keys
         self.view: View | None = None
         """The one installed."""
         self.known: View | None = None
@@ -316,17 +315,6 @@ class Daemon:
     # -- what comes from below ---------------------------------------------------------------
     def _path_lost(self, keys: tuple[int, ...]) -> None:
         self.step(events.PathLost(keys))
-
-    def _silent_keys(self) -> tuple[int, ...]:
-        """Keys whose owner no view lists, or who has not been heard for 2 s."""
-        content = self.cluster.content
-        return tuple(
-            key
-            for key in content.ports
-            if (owner := owner_of(key)) is not None
-            and owner != self.node
-            and (owner not in self.listed or self.cluster.is_silent(owner))
-        )
 
     # -- network.Endpoint ----------------------------------------------------------------------
     def wants(self, other: Endpoint) -> bool:

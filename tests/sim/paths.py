@@ -73,8 +73,6 @@ class Paths:
         """And nothing of the data sessions before is on its way."""
         self.unproven: dict[InitiatorPort, None] = {}
         """Ports of own lost data sessions: what was sent over them may still land."""
-        self.silent: Callable[[], tuple[int, ...]] = tuple
-        """Keys of whoever may hold up a reset."""
         self._lost = lost
         self._generation = 0
 
@@ -253,7 +251,6 @@ class Paths:
 
         def apply() -> None:
             self.content.heartbeats[beat.slot] = beat
-            self.content.beat_at[beat.slot] = self.target.lun.world.now
 
         if self.control is None:
             raise OutcomeUnknown("there is no control session")
@@ -319,9 +316,6 @@ class Paths:
                 self.oracle.fence_done(key)
                 self.content.ports.pop(key, None)
 
-    def _stragglers(self, own: set[int]) -> list[Victim]:
-        return [Victim(key, self.content.ports.get(key)) for key in self.silent() if key not in own]
-
     def _of_nodes(self, nodes: tuple[NodeId, ...], own: set[int]) -> list[Victim]:
         ports = self.content.ports
         return [
@@ -386,9 +380,9 @@ class Paths:
         for port in ports:
             await reservations.reinstate(self.lun, port)
         if ports:
-            await reservations.drain(
-                self.lun, registration, stragglers=lambda: self._stragglers({registration.key})
-            )
+            # Who holds up the reset is for the holder to fence: a PREEMPT by somebody else might
+            # take the reservation.
+            await reservations.drain(self.lun, registration)
         for port in ports:
             self.unproven.pop(port, None)
 
