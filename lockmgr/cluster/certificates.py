@@ -149,11 +149,12 @@ def _context(protocol: int, ours: Credentials, believed: Iterable[bytes]) -> ssl
     for certificate in believed:
         check_certificate(certificate)
         context.load_verify_locations(cadata=certificate)
-    _load_own(context, ours)
+    load_own(context, ours)
     return context
 
 
-def _load_own(context: ssl.SSLContext, ours: Credentials) -> None:
+def load_own(context: ssl.SSLContext, ours: Credentials) -> None:
+    """Show this certificate, and prove to have its key."""
     pem = ours.key_pem + ssl.DER_cert_to_PEM_cert(ours.certificate).encode()
     fd = os.memfd_create("lockmgr-credentials", os.MFD_CLOEXEC)
     try:

@@ -182,8 +182,22 @@ def test_addresses(text: str, address: Address) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ": host host:1 1.2.3.4:0 1.2.3.4:65536 1.2.3.4:+1 [::1 :: [::1]1 [::1]:x 0.0.0.0 224.0.0.1"
-    " 1.2.3.4:² 1.2.3".split(),
+    [
+        ":",
+        "host",
+        "host:1",
+        "1.2.3.4:0",
+        "1.2.3.4:65536",
+        "1.2.3.4:+1",
+        "[::1",
+        "::",
+        "[::1]1",
+        "[::1]:x",
+        "0.0.0.0",
+        "224.0.0.1",
+        "1.2.3.4:²",
+        "1.2.3",
+    ],
 )
 def test_bad_addresses(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no|has no port|is not one") as caught:
