@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from random import Random
 
-from lockmgr.cluster.blocks import Heartbeat, Identity, JoinRequest
+from lockmgr.cluster.blocks import Heartbeat
 from lockmgr.cluster.effects import (
     Beat,
     CloseSessions,
@@ -44,7 +42,6 @@ from lockmgr.cluster.effects import (
 from lockmgr.cluster.events import (
     BeatHeard,
     Done,
-    Event,
     LocksThawed,
     PathBack,
     PathLost,
@@ -53,177 +50,26 @@ from lockmgr.cluster.events import (
     Start,
     Tick,
 )
-from lockmgr.cluster.member import Member
 from lockmgr.cluster.messages import Message
 from lockmgr.cluster.outcomes import (
     Blocks,
     Good,
     Knocked,
-    Lost,
-    NobodyHolds,
     Opened,
     Outcome,
-    Refused,
-    Surveyed,
     Unknown,
     Value,
-    Why,
-    Won,
 )
 from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId, View
+from tests.unit.cluster_host import BEGIN_S, Host
+from tests.unit.cluster_lun import KEYS, Lun, Session
 
 IO_S = 0.004
 FENCE_S = 0.05
 NETWORK_S = 0.001
 LOSS_S = 2.0
 RECOVERY_S = 0.1
-BEGIN_S = 1000.0
-"""When the world begins; clocks are not at zero when a daemon starts."""
-
-
-class WorldKeys:
-    """slot 8 | incarnation 24 | generation 16; newcomers: slot 255 and 40 bits."""
-
-    def owner(self, key: int) -> NodeId | None:
-        slot = key >> 40
-        return None if slot == NEWCOMER_SLOT else NodeId(slot, key >> 16 & 0xFFFFFF)
-
-    def is_newcomer(self, key: int) -> bool:
-        return key >> 40 == NEWCOMER_SLOT
-
-    def newcomer(self, random_bits: int) -> int:
-        return NEWCOMER_SLOT << 40 | random_bits & 0xFFFFFFFFFF
-
-    def path(self, node: NodeId, generation: int) -> int:
-        return node.slot << 40 | node.incarnation << 16 | generation
-
-
-KEYS = WorldKeys()
-
-
-@dataclass(eq=False, slots=True)
-class Session:
-    key: int
-    alive: bool = True
-    epoch: int = 0
-    """Of the view when it registered; who registers later reads that view or a newer one."""
-    told: bool = False
-    """The unit attention about the PREEMPT was fetched."""
-
-
-@dataclass(slots=True)
-class Lun:
-    """Reservations and blocks."""
-
-    view: View
-    holder: Session | None = None
-    registered: list[Session] = field(default_factory=list)
-    generation: int = 0
-    heartbeats: dict[int, Heartbeat] = field(default_factory=dict)
-    joins: dict[int, JoinRequest] = field(default_factory=dict)
-    late: list[Callable[[], None]] = field(default_factory=list)
-    """Writes that are admitted and have not landed."""
-
-    @property
-    def holder_key(self) -> int:
-        return self.holder.key if self.holder else 0
-
-    def drain(self) -> None:
-        late, self.late = self.late, []
-        for land in late:
-            land()
-
-    def preempt(self, by: Session, key: int) -> bool:
-        victims = [session for session in self.registered if session.key == key and session != by]
-        for victim in victims:
-            self.registered.remove(victim)
-            if self.holder is victim:
-                self.holder = by
-        self.generation += bool(victims)
-        return bool(victims)
-
-    def restart(self) -> None:
-        """The target forgets who registered."""
-        self.holder, self.generation = None, 0
-        for session in self.registered:
-            session.alive = False
-        self.registered.clear()
-
-
-class Host:
-    """One daemon."""
-
-    def __init__(self, world: World, name: str, number: int, life: int) -> None:
-        self.world = world
-        self.name = name
-        identity = Identity(
-            name, bytes([number] * 16), bytes(16), bytes([number, life] * 16), (f"{name}:7000",)
-        )
-        self.member = Member(identity, world.settings, KEYS, Random(number * 100 + life))
-        self.newcomer: Session | None = None
-        self.control: Session | None = None
-        self.data: Session | None = None
-        self.generation = 0
-        self.frozen = False
-        self.dead = False
-        self.inbox: list[Event] = []
-        self.log: list[tuple[float, Effect]] = []
-        self.epoch_of_locks = -1
-        self.outstanding: dict[int, IoEffect] = {}
-        self.unanswered: set[int] = set()
-        """Ops whose session broke: their answer is `Unknown`, whatever the target says."""
-        self.hold_view = False
-        """The next view write is admitted, and lands when somebody drains the target."""
-
-    # -- what tests ask ------------------------------------------------------------------------
-    @property
-    def node(self) -> NodeId:
-        assert self.member.node is not None
-        return self.member.node
-
-    @property
-    def stopped(self) -> Stop | None:
-        return self.member.stopped
-
-    @property
-    def epoch(self) -> int:
-        return self.member.view.epoch if self.member.view else 0
-
-    def when(self, kind: type[Effect], node: NodeId | None = None) -> list[float]:
-        """Seconds since the world began at which such an effect came."""
-        return [
-            round(t - BEGIN_S, 3)
-            for t, effect in self.log
-            if isinstance(effect, kind) and (node is None or getattr(effect, "node", None) == node)
-        ]
-
-    # -- what happens to it ----------------------------------------------------------------------
-    def give(self, event: Event) -> None:
-        if self.dead:
-            return
-        if self.frozen:
-            if not isinstance(event, Tick):
-                self.inbox.append(event)
-            return
-        if isinstance(event, Done):
-            if event.op not in self.outstanding:
-                return  # its session broke, which was said already
-            del self.outstanding[event.op]
-        effects = self.member.step(event, self.world.now)
-        self.member.check()
-        for effect in effects:
-            self.world.carry_out(self, effect)
-        self.world.set_tick(self)
-
-    def sessions(self) -> list[Session]:
-        return [s for s in (self.newcomer, self.control, self.data) if s is not None]
-
-    def drop_paths(self) -> None:
-        for session in (self.control, self.data):
-            if session is not None:
-                session.alive = False
-        self.control = self.data = None
 
 
 class World:
@@ -236,8 +82,6 @@ class World:
         self.hosts: list[Host] = []
         self.cuts: set[tuple[str, str]] = set()
         self.san_cuts: set[str] = set()
-        self.gone_since: dict[NodeId, int] = {}
-        """The first epoch that does not list a node which was listed."""
         self.replays = True
         """Whether journals of the departed are replayed when they are asked for."""
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -405,7 +249,7 @@ class World:
         # and then reads that it is not listed
         for session in self.lun.registered:
             owner = KEYS.owner(session.key)
-            gone = self.gone_since.get(owner, view.epoch + 1) if owner else view.epoch + 1
+            gone = self.lun.gone_since.get(owner, view.epoch + 1) if owner else view.epoch + 1
             assert gone > view.epoch or session.epoch >= gone, self.story()
         if view.lock_epoch != host.epoch_of_locks and host.node in view.active:
             host.epoch_of_locks = view.lock_epoch
@@ -457,68 +301,41 @@ class World:
             return None
         match effect:
             case OpenNewcomer(_, key):
-                host.newcomer = self._register(key)
-                return Good(Opened(key, self._survey()))
+                host.newcomer = self.lun.register(key)
+                return Good(Opened(key, self.lun.survey()))
             case OpenPaths(_, slot, incarnation):
                 return self._open_paths(host, NodeId(slot, incarnation))
             case DropNewcomer():
                 temporary, host.newcomer = host.newcomer, None
                 if temporary is not None and temporary is not self.lun.holder:
-                    self._unregister(temporary)
+                    self.lun.unregister(temporary)
                 return Good()
             case Unregister(_, keep):
                 for own in (host.data, host.control):
                     if own is not None and own.key != keep:
-                        self._unregister(own)
+                        self.lun.unregister(own)
                 return Good()
             case Knock(_, nodes):
                 return Good(Knocked(frozenset(self._who_answers(host, nodes))))
         if session is None or not session.alive:
             return Unknown()
-        refusal = self._admit(session)
+        refusal = self.lun.admit(session)
         if refusal is not None:
             return refusal
         if isinstance(effect, WriteView) and host.hold_view:
             host.hold_view = False
             view = effect.view
-            self.lun.late.append(lambda: self._write_view(view))
+            self.lun.late.append(lambda: self.lun.write_view(view))
             self.at(self.now + LOSS_S, lambda: self._give_up(host, effect.op))
             return None
         return Good(self._command(host, session, effect))
 
-    def _admit(self, session: Session) -> Refused | None:
-        if session in self.lun.registered:
-            return None
-        if not session.told:
-            session.told = True
-            return Refused(Why.PREEMPTED)
-        return Refused(Why.CONFLICT)
-
-    def _register(self, key: int) -> Session:
-        # holds: a key is registered once, ever
-        assert all(session.key != key for session in self.lun.registered)
-        session = Session(key, epoch=self.lun.view.epoch)
-        self.lun.registered.append(session)
-        self.lun.generation += 1
-        return session
-
-    def _unregister(self, session: Session) -> None:
-        session.alive = False
-        assert session is not self.lun.holder, "the holder's key is never unregistered"
-        if session in self.lun.registered:
-            self.lun.registered.remove(session)
-            self.lun.generation += 1
-
-    def _survey(self) -> Surveyed:
-        keys = tuple(session.key for session in self.lun.registered)
-        return Surveyed(self.lun.view, self.lun.holder_key, keys, self.lun.generation)
-
     def _open_paths(self, host: Host, node: NodeId) -> Outcome:
         host.drop_paths()
         host.generation += 2
-        host.control = self._register(KEYS.path(node, host.generation - 1))
-        host.data = self._register(KEYS.path(node, host.generation))
-        return Good(Opened(host.control.key, self._survey()))
+        host.control = self.lun.register(KEYS.path(node, host.generation - 1))
+        host.data = self.lun.register(KEYS.path(node, host.generation))
+        return Good(Opened(host.control.key, self.lun.survey()))
 
     def _who_answers(self, host: Host, nodes: tuple[NodeId, ...]) -> list[NodeId]:
         return [
@@ -533,7 +350,7 @@ class World:
         lun = self.lun
         match effect:
             case Survey():
-                return self._survey()
+                return self.lun.survey()
             case ReadBlocks():
                 return Blocks(tuple(lun.heartbeats.values()), tuple(lun.joins.values()))
             case WriteHeartbeat(_, beat):
@@ -544,34 +361,14 @@ class World:
                 lun.joins[request.slot] = request
             case WriteView(_, view):
                 assert lun.holder is session, "who does not hold does not write the view"
-                self._write_view(view)
+                self.lun.write_view(view)
             case Take(_, key):
                 lun.preempt(session, key)
-                return self._who_holds(session)
+                return self.lun.who_holds(session)
             case Reserve():
                 lun.holder = lun.holder or session
-                return self._who_holds(session)
+                return self.lun.who_holds(session)
             case Fence(_, keys, nodes):
                 assert lun.holder is session, "only the holder fences"
-                self._fence(session, keys, nodes)
+                self.lun.fence(session, keys, nodes)
         return None
-
-    def _who_holds(self, session: Session) -> Won | Lost | NobodyHolds:
-        if self.lun.holder is session:
-            return Won()
-        return Lost(self.lun.holder_key) if self.lun.holder else NobodyHolds()
-
-    def _write_view(self, view: View) -> None:
-        # holds: epochs never repeat, none is left out
-        assert view.epoch == self.lun.view.epoch + 1, (view.epoch, self.lun.view.epoch)
-        for node in self.lun.view.listed:
-            if not view.lists(*node):
-                self.gone_since[node] = view.epoch
-        self.lun.view = view
-
-    def _fence(self, by: Session, keys: tuple[int, ...], nodes: tuple[NodeId, ...]) -> None:
-        for session in list(self.lun.registered):
-            if session is not by and (session.key in keys or KEYS.owner(session.key) in nodes):
-                session.alive = False
-                self.lun.preempt(by, session.key)
-        self.lun.drain()

@@ -18,7 +18,7 @@ from lockmgr.cluster.view import (
     View,
     ViewSlot,
 )
-from tests.unit.cluster_world import KEYS
+from tests.unit.cluster_lun import KEYS
 
 
 def request(slot: int, name: str) -> JoinRequest:

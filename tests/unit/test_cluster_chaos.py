@@ -10,7 +10,8 @@ import pytest
 
 from lockmgr.cluster.events import DeathProven, EvictWanted, LeaveWanted
 from lockmgr.cluster.settings import Settings
-from tests.unit.cluster_world import Host, World
+from tests.unit.cluster_host import Host
+from tests.unit.cluster_world import World
 
 KINDS = (
     *("freeze", "freeze", "thaw", "kill", "kill", "proven", "start", "start"),

@@ -17,7 +17,8 @@ from lockmgr.cluster.effects import (
     WriteView,
 )
 from lockmgr.cluster.events import DeathProven, EvictWanted
-from tests.unit.cluster_world import Host, World
+from tests.unit.cluster_host import Host
+from tests.unit.cluster_world import World
 
 
 def listed(host: Host) -> set[str]:

@@ -17,7 +17,9 @@ from lockmgr.cluster.effects import (
 )
 from lockmgr.cluster.events import LeaveWanted
 from lockmgr.cluster.view import NodeId, SlotState
-from tests.unit.cluster_world import KEYS, Host, World
+from tests.unit.cluster_host import Host
+from tests.unit.cluster_lun import KEYS
+from tests.unit.cluster_world import World
 
 
 def is_active(host: Host) -> bool:

@@ -20,7 +20,8 @@ from lockmgr.cluster.effects import (
 from lockmgr.cluster.events import DeathProven, EvictWanted, PathLost, Received, Tick
 from lockmgr.cluster.messages import Announce, AskLease, LeaseGiven, ReplayDone, TakeOver
 from lockmgr.cluster.view import NodeId
-from tests.unit.cluster_world import Host, World
+from tests.unit.cluster_host import Host
+from tests.unit.cluster_world import World
 
 
 def procedure(host: Host, begin: float) -> list[type]:
