@@ -27,6 +27,7 @@ EXCUSED: Final[dict[str, str]] = {
     "DropNewcomer -> Unknown": "what it cannot unregister it leaves behind, which is Good",
     "Knock -> Unknown": "it uses no session",
     "send JoinRefused": "no two hosts of a seed have one name",
+    "stop: refused": "a seed has a slot for every host",
     "stop: cannot go on": "no counter wraps in a minute",
     "locks: Convert": "the toy filesystem converts nothing",
 }

@@ -86,7 +86,7 @@ class Plan:
         """Start the machines, and lay out the faults."""
         rng = self.rng
         machines = self.cluster.machines
-        late = rng.randrange(0, 3) if len(machines) > 3 else 0
+        late = rng.randrange(0, 4 if len(machines) > 3 else 2)
         for number, machine in enumerate(machines):
             if number >= len(machines) - late:
                 machine.wanted = False  # joins by a fault
@@ -172,7 +172,10 @@ class Plan:
         if self.rng.random() < 0.5 or self.cluster.ambush is not None:
             what(machine)
             return
-        step = self.rng.choice(often if often and self.rng.random() < 0.3 else STEPS)
+        self.wait_for(self.rng.choice(often if often and self.rng.random() < 0.3 else STEPS), what)
+
+    def wait_for(self, step: str, what: Callable[[Machine], None]) -> None:
+        """Strike whoever does this next, just before or just after it."""
         after = self.rng.random() < 0.5
         self.world.trace("fault", f"waits for {step} ({'after' if after else 'before'} it)")
 
@@ -347,7 +350,7 @@ def _san_reset(plan: Plan, machine: Machine) -> Heal | None:
 
 def _san_dark(plan: Plan, _machine: Machine) -> Heal | None:
     """The LUN is away for everybody."""
-    if any(m.san.cut_out or m.san.cut_in for m in plan.cluster.machines):
+    if all(m.san.cut_out and m.san.cut_in for m in plan.cluster.machines):
         return None
     for machine in plan.cluster.machines:
         machine.san.cut_out = machine.san.cut_in = True
@@ -369,6 +372,9 @@ def _target_restart(plan: Plan, _machine: Machine) -> Heal | None:
     if not lun.up:
         return None
     lun.stop()
+
+    if plan.cluster.ambush is None and plan.rng.random() < 0.3:
+        plan.wait_for("Reserve", plan.cluster.kill)
 
     def begin() -> None:
         if not lun.up:
@@ -465,17 +471,17 @@ FAULTS: dict[str, tuple[Callable[[Plan, Machine], Heal | None], float]] = {
     "freeze": (_freeze, 2.5),
     "restart": (_restart, 1.0),
     "leave": (_leave, 1.2),
-    "join": (_join, 2.0),
+    "join": (_join, 3.0),
     "evict": (_evict, 1.0),
-    "blackout": (_blackout, 0.6),
-    "shutdown": (_shutdown, 0.6),
+    "blackout": (_blackout, 1.0),
+    "shutdown": (_shutdown, 1.0),
     "san-cut": (_san_cut, 1.5),
     "san-cut-out": (_san_cut_out, 1.0),
     "san-cut-in": (_san_cut_in, 1.0),
     "san-reset": (_san_reset, 1.8),
-    "san-dark": (_san_dark, 0.9),
+    "san-dark": (_san_dark, 1.0),
     "target-restart": (_target_restart, 1.0),
-    "slow-lun": (_slow_lun, 0.7),
+    "slow-lun": (_slow_lun, 1.0),
     "late-writes": (_late_writes, 1.5),
     "net-cut": (_net_cut, 1.2),
     "net-cut-pair": (_net_cut_pair, 1.0),
