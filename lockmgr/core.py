@@ -74,6 +74,11 @@ class LockCore:
         return self.recovery.members
 
     @property
+    def owing(self) -> frozenset[int]:
+        """Departed nodes whose journal is not replayed, or that may not be granted over yet."""
+        return self.recovery.debts.owing
+
+    @property
     def master(self) -> Master:
         """The resources that this node masters."""
         return self.recovery.master

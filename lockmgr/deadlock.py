@@ -50,6 +50,14 @@ from lockmgr.resource import MasteredResource, Queued
 LONGEST_INTERVAL = 16
 """How many times ``deadlock_after_s`` a suspicion that came to nothing is kept back at most."""
 
+HOLDER_LIMIT = 80
+WAITS_TOLD = 64
+CLAIMS_PER_ANSWER = 500
+OWNERS_PER_CLAIM = 64
+AHEAD_PER_CLAIM = 8
+"""What an answer has at most. Edges that are left out hide a cycle and make none; whoever is behind
+many is behind the last of them, who are behind the others."""
+
 Wait = tuple[int, int]
 """(node, number)"""
 Edges = dict[Wait, frozenset[Wait]]
@@ -184,13 +192,13 @@ class Search:
                     WaitingClaim(
                         claim.wait,
                         self._number(claim, before),
-                        f"{claim.holder or 'a task'} on node {self.node}, which "
+                        f"{claim.holder[:HOLDER_LIMIT] or 'a task'} on node {self.node}, which "
                         f"{'has ' + str(claim.mode) + ' and ' if claim in lock.claims else ''}"
                         f"wants {claim.wanted_mode} of {lock.resource.name!r}",
                         lock.resource.name,
                         max(0.0, now - claim.since),
-                        tuple(self._number(other, before) for other in waits_for),
-                        tuple(other.wait for other in behind),
+                        tuple(self._number(o, before) for o in waits_for[:OWNERS_PER_CLAIM]),
+                        tuple(other.wait for other in behind[-AHEAD_PER_CLAIM:]),
                         request,
                     )
                 )
@@ -208,9 +216,9 @@ class Search:
             self._recovery.epoch,
             self.node,
             number,
-            tuple(waiting),
-            tuple(holding),
-            tuple(queued_here),
+            tuple(waiting[:CLAIMS_PER_ANSWER]),
+            tuple(holding[:CLAIMS_PER_ANSWER]),
+            tuple(queued_here[:CLAIMS_PER_ANSWER]),
         )
 
     def _number(self, claim: Claim, before: dict[Hashable, int]) -> int:
@@ -355,7 +363,7 @@ def victims(edges: Edges, answers: Iterable[Waits]) -> list[tuple[Wait, str]]:
     while (cycle := shortest_cycle(edges)) is not None:
         victim = min(cycle, key=lambda wait: (claims[wait].age_s, wait))
         at = cycle.index(victim)
-        said = [claims[wait].words for wait in cycle[at:] + cycle[:at]]
+        said = [claims[wait].words for wait in (cycle[at:] + cycle[:at])[:WAITS_TOLD]]
         chosen.append((victim, "; waits for ".join([*said, said[0]])))
         edges = {wait: ends - {victim} for wait, ends in edges.items() if wait != victim}
     return chosen

@@ -143,6 +143,7 @@ def test_the_coordinator_tells_members_and_successors_what_is_settled() -> None:
     four.clear(3)
     four.settle()
     assert four.cores[2].recovery.debts.uncleared == frozenset()
+    assert four.cores[2].owing == {3}
     depart(four, 0)
     assert four.cores[2].recovery.debts.uncleared == {0}
     assert four.cores[2].master.resources[b"at 2"].owed == {3: EX}
