@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 import trio
 
 from lockmgr.cluster.codec import WireError
-from lockmgr.cluster.link_messages import Chosen, Ping, Pong
+from lockmgr.cluster.link_messages import Chosen, Died, Ping, Pong
 from lockmgr.cluster.network_settings import NetworkSettings
 from lockmgr.cluster.view import NodeId
 from lockmgr.cluster.wire import Goodbye, WireLink
@@ -56,6 +56,9 @@ class Receiver(Protocol):
     def chosen(self, connection: Connection, number: int) -> None:
         """The peer has chosen this connection. Raises `WireError`."""
 
+    def died(self, connection: Connection) -> None:
+        """The peer's supervisor speaks, and says that the peer is dead."""
+
     def lost(self, connection: Connection) -> None:
         """It is over: ``failure`` says why."""
 
@@ -81,6 +84,8 @@ class Connection:
         self.number = 0
         """0: not chosen."""
         self.failure: str | None = None
+        self.goodbye: str | None = None
+        """The peer's last words."""
         self.announced = False
         """One side has said goodbye to the other: nobody needs to look into it."""
         self.traffic = Traffic()
@@ -235,10 +240,12 @@ class Connection:
             case Pong(stamp_ns):
                 self.rtt_s = max(0.0, (time.monotonic_ns() - stamp_ns) / 1e9)
             case Goodbye(words):
-                self.announced = True
+                self.announced, self.goodbye = True, words
                 self.fail(f"the peer closes it: {ascii(words)[1:-1]:.200}", forget=True)
             case Chosen(number):
                 receiver.chosen(self, number)
+            case Died():
+                receiver.died(self)
             case _:
                 receiver.arrived(self, message)
 

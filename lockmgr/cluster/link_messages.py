@@ -31,10 +31,20 @@ class Pong:
     stamp_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The sender has reaped the daemon of the incarnation whose certificate it shows: nothing of
+    it runs any more. Answered with a `Goodbye` of these words: `DEATH_NOTED`."""
+
+
+DEATH_NOTED = "death noted"
+
+
 def connection_registry() -> Registry:
     """All messages of this package, those above included; layers above add theirs."""
     registry = new_registry()
     registry.register(Chosen, 3)
     registry.register(Ping, 4)
     registry.register(Pong, 5)
+    registry.register(Died, 6)
     return registry

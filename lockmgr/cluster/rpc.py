@@ -35,9 +35,9 @@ from lockmgr.cluster.certificates import Credentials
 from lockmgr.cluster.codec import Registry, WireError
 from lockmgr.cluster.connection import Connection, Traffic
 from lockmgr.cluster.door import Door
-from lockmgr.cluster.events import BeatHeard
+from lockmgr.cluster.events import BeatHeard, DeathProven
 from lockmgr.cluster.greeting import Greeter, GreetingFailed
-from lockmgr.cluster.link_messages import Chosen, connection_registry
+from lockmgr.cluster.link_messages import DEATH_NOTED, Chosen, connection_registry
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.network_settings import NetworkSettings
 from lockmgr.cluster.pair import Pair
@@ -283,9 +283,11 @@ class Network:
         self._open[connection] = pair
         pair.admit(connection)
         try:
-            if pair.chooses:
-                await self._choose(pair, connection)
-            await connection.run(self)
+            async with trio.open_nursery() as nursery:
+                if pair.chooses:
+                    nursery.start_soon(self._choose, pair, connection)
+                await connection.run(self)
+                nursery.cancel_scope.cancel()
         finally:
             del self._open[connection]
             pair.discard(connection)
@@ -340,6 +342,15 @@ class Network:
             connection.fail("it was chosen before the one in use", "chosen too late")
         else:
             self._use(pair, connection, number)
+
+    def died(self, connection: Connection) -> None:
+        """The peer's supervisor says so."""
+        used = self._open[connection].used
+        if used is not None and used is not connection:
+            used.fail("the peer is dead", forget=True)
+            self._report(self._open[connection], used)
+        connection.fail("the peer is dead", DEATH_NOTED)
+        self._deliver(DeathProven(connection.peer))
 
     def lost(self, connection: Connection) -> None:
         """It has failed."""
