@@ -118,6 +118,7 @@ class Door:
             await trio.aclose_forcefully(stream)
             return
         connection = None
+        level = logging.WARNING
         words = f"it has not said who it is within {self._settings.greeting_s:g} s"
         try:
             with self._strangers.admit(source) as stranger:
@@ -125,13 +126,14 @@ class Door:
                     connection = await self._greeter.incoming(stream)
         except GreetingFailed as error:
             words = str(error)
+            level = logging.INFO if error.left else logging.WARNING
         if connection is not None:
             await self._serve(connection)
             return
         await trio.aclose_forcefully(stream)
-        self._refused(source, TOO_MANY if stranger.put_out else words)
+        self._refused(level, source, TOO_MANY if stranger.put_out else words)
 
-    def _refused(self, source: str, words: str) -> None:
+    def _refused(self, level: int, source: str, words: str) -> None:
         more = self._lines.allow(trio.current_time())
         if more is not None:
-            log.warning("connection from %s refused: %s%s", source, ascii(words)[1:-1], more)
+            log.log(level, "connection from %s refused: %s%s", source, ascii(words)[1:-1], more)

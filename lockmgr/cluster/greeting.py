@@ -24,6 +24,12 @@ from lockmgr.cluster.wire import Hello, WireLink
 class GreetingFailed(Exception):
     """In words; the TCP connection is closed."""
 
+    def __init__(self, words: str, *, left: bool = False) -> None:
+        """``left``: the other side has gone away by itself, as one does that dials and is
+        connected the other way meanwhile."""
+        super().__init__(words)
+        self.left = left
+
 
 class Greeter:
     """What a greeting needs to know of its node, as it is at that moment."""
@@ -95,10 +101,19 @@ async def _shake_hands(tls: trio.SSLStream[trio.SocketStream]) -> None:
         await trio.aclose_forcefully(tls)
         if isinstance(error.__cause__, ssl.SSLCertVerificationError):
             raise GreetingFailed("its certificate is not one that this node believes") from None
+        if _has_left(error):
+            raise GreetingFailed("it closed the connection", left=True) from None
         raise GreetingFailed(f"no TLS 1.3 handshake: {cause_of(error)}") from None
     except BaseException:
         await trio.aclose_forcefully(tls)
         raise
+
+
+def _has_left(error: trio.BrokenResourceError) -> bool:
+    cause = error.__cause__
+    if isinstance(cause, ssl.SSLError):
+        return isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    return isinstance(cause, OSError)
 
 
 async def _exchange(tls: trio.SSLStream[trio.SocketStream], link: WireLink) -> list[Any]:
@@ -109,13 +124,16 @@ async def _exchange(tls: trio.SSLStream[trio.SocketStream], link: WireLink) -> l
         while link.agreed is None:
             data = await tls.receive_some(4096)
             if not data:
-                raise GreetingFailed("it closed the connection: it does not believe this node")
+                raise GreetingFailed(
+                    "it closed the connection, maybe it does not believe this node", left=True
+                )
             link.feed(data)
             while (message := link.next()) is not None:
                 early.append(message)
     except trio.BrokenResourceError as error:
         raise GreetingFailed(
-            f"it broke the connection, maybe it does not believe this node: {cause_of(error)}"
+            f"it broke the connection, maybe it does not believe this node: {cause_of(error)}",
+            left=_has_left(error),
         ) from None
     except WireError as error:
         raise GreetingFailed(str(error)) from None

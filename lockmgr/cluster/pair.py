@@ -14,6 +14,7 @@ invariants (`Pair.check`):
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -25,6 +26,21 @@ from lockmgr.cluster.view import NodeId
 
 STABLE_S: Final = 5.0
 """A connection that lived so long was a good one: dialing begins at the first pause again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatistics:
+    """For people and for tests."""
+
+    peer: NodeId
+    number: int
+    """Of the connection; 0: there is none."""
+    dialed: bool
+    queue_bytes: int
+    rtt_s: float | None
+    """Of the last `Ping`."""
+    traffic: Traffic
+    """Over all connections so far; a copy."""
 
 
 class Backoff:
@@ -61,13 +77,24 @@ class Pair:
         self.gone: str | None = None
         """Why there is to be no connection any more."""
         self.traffic = Traffic()
-        self.backoff = Backoff(settings, rng)
+        self._settings = settings
+        self._rng = rng
+        self._backoff = Backoff(settings, rng)
         self.last_words = ""
         """Why dialing has failed last; for the log, once each."""
         self.address = 0
         """Which of the peer's addresses is tried next."""
         self._pause: trio.CancelScope | None = None
         self._changed = trio.Event()
+
+    def statistics(self) -> PeerStatistics:
+        """As it is now."""
+        used, traffic = self.used, replace(self.traffic)
+        if used is None:
+            return PeerStatistics(self.peer.node, 0, False, 0, None, traffic)
+        return PeerStatistics(
+            self.peer.node, used.number, used.dialed, used.queue_bytes, used.rtt_s, traffic
+        )
 
     # -- waiting -------------------------------------------------------------------------------
     def interruptible(self) -> trio.CancelScope:
@@ -77,6 +104,14 @@ class Pair:
         if self.used is not None or self.gone is not None:
             self._pause.cancel()
         return self._pause
+
+    def next_pause_s(self) -> float:
+        """How long to wait before dialing: longer each time, and who does not choose lets the
+        other begin."""
+        pause_s = self._backoff.next()
+        if not self.chooses:
+            pause_s += self._settings.courtesy_s * self._rng.uniform(0.5, 1.5)
+        return pause_s
 
     def changed(self) -> None:
         """``used`` or ``gone`` is another one now."""
@@ -122,7 +157,7 @@ class Pair:
         if connection is self.used:
             self.used = None
             if trio.current_time() - connection.born_s >= STABLE_S:
-                self.backoff.reset()
+                self._backoff.reset()
             self.changed()
 
     def end(self, reason: str) -> None:

@@ -23,7 +23,6 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -33,14 +32,14 @@ from lockmgr.cluster.beats import BeatCounts, Beats, bind
 from lockmgr.cluster.blocks import Heartbeat
 from lockmgr.cluster.certificates import Credentials
 from lockmgr.cluster.codec import Registry, WireError
-from lockmgr.cluster.connection import Connection, Traffic
+from lockmgr.cluster.connection import Connection
 from lockmgr.cluster.door import Door
 from lockmgr.cluster.events import BeatHeard, DeathProven
 from lockmgr.cluster.greeting import Greeter, GreetingFailed
 from lockmgr.cluster.link_messages import DEATH_NOTED, Chosen, connection_registry
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.network_settings import NetworkSettings
-from lockmgr.cluster.pair import Pair
+from lockmgr.cluster.pair import Pair, PeerStatistics
 from lockmgr.cluster.peers import Address, Believed, Peer
 from lockmgr.cluster.view import NodeId
 from lockmgr.cluster.wire import Hello
@@ -50,21 +49,6 @@ __all__ = ["Network", "PeerStatistics", "open_network"]
 log = logging.getLogger("lockmgr.network")
 
 SLEPT_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class PeerStatistics:
-    """For people and for tests."""
-
-    peer: NodeId
-    number: int
-    """Of the connection; 0: there is none."""
-    dialed: bool
-    queue_bytes: int
-    rtt_s: float | None
-    """Of the last `Ping`."""
-    traffic: Traffic
-    """Over all connections so far; a copy."""
 
 
 @asynccontextmanager
@@ -233,7 +217,7 @@ class Network:
 
     def statistics(self) -> tuple[PeerStatistics, ...]:
         """Of every peer, by slot."""
-        return tuple(_statistics_of(self._pairs[node]) for node in sorted(self._pairs))
+        return tuple(self._pairs[node].statistics() for node in sorted(self._pairs))
 
     @property
     def beat_counts(self) -> BeatCounts:
@@ -242,20 +226,13 @@ class Network:
 
     # -- connections that go out ---------------------------------------------------------------
     async def _dial_for_ever(self, pair: Pair) -> None:
-        pause_s = 0.0 if pair.chooses else self._courtesy_s()
         while await pair.wait_unconnected():
             connection = None
             with pair.interruptible():
-                await trio.sleep(pause_s)
+                await trio.sleep(pair.next_pause_s())
                 connection = await self._dial(pair)
             if connection is not None:
                 await self._serve(connection)
-            pause_s = pair.backoff.next()
-            if not pair.chooses:
-                pause_s += self._courtesy_s()
-
-    def _courtesy_s(self) -> float:
-        return self._settings.courtesy_s * self._rng.uniform(0.5, 1.5)
 
     async def _dial(self, pair: Pair) -> Connection | None:
         addresses = pair.peer.addresses
@@ -311,7 +288,7 @@ class Network:
     def _use(self, pair: Pair, connection: Connection, number: int) -> None:
         for other, its_pair in list(self._open.items()):
             if other.peer == connection.peer and other is not connection and other.number:
-                other.fail("another connection takes its place", "another takes its place")
+                other.fail("another connection takes its place", forget=True)
                 self._report(its_pair, other)
         if connection.failure is None:  # who was told of the loss may have wanted this too
             pair.use(connection, number)
@@ -396,13 +373,3 @@ class Network:
         for node, pair in self._pairs.items():
             assert pair.peer.node == node and (pair.gone is None or self._closing)
             pair.check()
-
-
-def _statistics_of(pair: Pair) -> PeerStatistics:
-    used, traffic = pair.used, pair.traffic
-    copy = Traffic(**{name: getattr(traffic, name) for name in Traffic.__slots__})
-    if used is None:
-        return PeerStatistics(pair.peer.node, 0, False, 0, None, copy)
-    return PeerStatistics(
-        pair.peer.node, used.number, used.dialed, used.queue_bytes, used.rtt_s, copy
-    )
