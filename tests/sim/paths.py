@@ -214,8 +214,12 @@ class Paths:
             self.content.ports.update(ports)
 
         for registration in (self.control, self.newcomer):
-            if registration is not None and self._is_alive(registration):
+            if registration is None or not self._is_alive(registration):
+                continue
+            with suppress(BlockError):
                 return await self._write(registration, "the slot block", apply)
+            # That session is of no use any more: fenced, or lost.
+            self._close(registration)
         port = choose_port(self.initiator_name, self.rng)
         temporary = await self._register(newcomer_key(self.rng), port)
         try:
