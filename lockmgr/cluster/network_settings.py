@@ -35,10 +35,10 @@ class NetworkSettings:
     """What is given to TLS at once, at least one message."""
     goodbye_s: float = 0.5
     """For last words; then the connection is cut."""
-    strangers: int = 64
+    strangers: int = 128
     """Connections that have not proven who they are."""
-    strangers_each: int = 8
-    """The same, from one address."""
+    strangers_each: int = 32
+    """The same, from one address: several nodes behind one, which all start at once, fit."""
 
     def __post_init__(self) -> None:
         if not self.probe_s < self.greeting_s:

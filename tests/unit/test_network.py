@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from contextlib import AsyncExitStack
 from functools import partial
 from itertools import pairwise
 
@@ -95,6 +96,17 @@ async def test_five_nodes() -> None:
                 if node is not other:
                     assert node.network.send(other.name, AskLease(node.name.slot))
         await until(lambda: all(len(node.of(Arrived)) == 4 for node in nodes))
+        assert not any(node.of(Lost) for node in nodes)
+
+
+async def test_sixteen_nodes_start_at_once() -> None:
+    """From one address, as behind a NAT: nobody is taken for a flood of strangers."""
+    async with AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(open_node(slot)) for slot in range(16)]
+        for node in nodes:
+            node.install(*nodes)
+        pairs = [(one, two) for one in nodes for two in nodes if one is not two]
+        await until(lambda: all(one.connected(two) for one, two in pairs), 60)
         assert not any(node.of(Lost) for node in nodes)
 
 
