@@ -136,9 +136,10 @@ class Network:
         """From now on this node is ``own``, and talks to these peers and to nobody else.
 
         Connections with others are closed, after what has been queued for them; so are all, if
-        ``own`` is new. Raises ValueError if two peers have one certificate.
+        ``own`` is new. One certificate is one node: a newcomer whose join block is still there
+        when the view lists it is the member, and this node's own join block is nobody.
         """
-        wanted = {peer.node: peer for peer in peers if peer.node != own}
+        wanted = self._without_doubles(own, peers)
         if wanted != self._believed.peers:
             self._believed = Believed(self._credentials, wanted.values())
         renamed, self._own = self._own != own, own
@@ -164,6 +165,16 @@ class Network:
         self._beats.install(
             secret, [address for peer in wanted.values() for address in peer.addresses]
         )
+
+    def _without_doubles(self, own: NodeId, peers: Iterable[Peer]) -> dict[NodeId, Peer]:
+        """By name, members before newcomers."""
+        found: dict[NodeId, Peer] = {}
+        seen = {self._credentials.fingerprint}
+        for peer in sorted(peers, key=lambda peer: peer.node):
+            if peer.node != own and peer.fingerprint not in seen:
+                seen.add(peer.fingerprint)
+                found[peer.node] = peer
+        return found
 
     def _drop(self, pair: Pair, reason: str) -> None:
         del self._pairs[pair.peer.node]

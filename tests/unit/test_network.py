@@ -201,6 +201,17 @@ async def test_a_newcomer_gets_its_name() -> None:
         assert one.of(Connected)[-1].peer == NodeId(1, 5)
 
 
+async def test_a_join_block_that_is_still_there() -> None:
+    """The newcomer that the view lists by now, and this node's own."""
+    async with open_node(0) as one, open_node(1, incarnation=5) as two:
+        stale = type(two.peer)(NodeId(NEWCOMER_SLOT, 99), two.credentials.certificate)
+        own = type(two.peer)(NodeId(NEWCOMER_SLOT, 98), one.credentials.certificate)
+        one.network.install(one.name, 1, [own, stale, two.peer, one.peer], bytes(32))
+        two.install(one)
+        await until(lambda: one.connected(two) and two.connected(one))
+        assert [peer.peer for peer in one.network.statistics()] == [two.name]
+
+
 async def test_whoever_is_told_may_do_anything() -> None:
     """`send` and `install` from within what is told, also of its own peer."""
     async with open_node(0) as one, open_node(1) as two:
