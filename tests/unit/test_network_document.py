@@ -12,6 +12,7 @@ from lockmgr.cluster.codes import new_registry
 from lockmgr.cluster.door import LINES_AT_ONCE
 from lockmgr.cluster.link_messages import Chosen, Died, Ping, Pong, connection_registry
 from lockmgr.cluster.network_settings import NetworkSettings
+from lockmgr.cluster.peers import DEFAULT_PORT
 from lockmgr.cluster.wire import frame
 
 HERE = Path(lockmgr.__file__).parent
@@ -52,6 +53,7 @@ def test_every_message() -> None:
         f"there are {SETTINGS.strangers} of them at most, {SETTINGS.strangers_each} from",
         f"for {SETTINGS.goodbye_s:g} s at most",
         f"{LINES_AT_ONCE} at once",
+        f"port is {DEFAULT_PORT} unless",
     ],
 )
 def test_times_and_limits(words: str) -> None:
