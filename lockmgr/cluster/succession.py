@@ -160,11 +160,11 @@ def take_over(st: NodeState) -> Steps[None]:
     check_listed(st, survey.view)
     note_survey(st, survey)
     holder = survey.holder_key
-    if holder == 0:
+    if holder == st.path_key:
+        yield from take_office(st, survey.view.holder_key)
+    elif holder == 0 or not st.may_write:  # somebody may have reserved since
         st.may_write = False
         yield from await_holder(st)
-    elif holder == st.path_key:
-        yield from take_office(st, survey.view.holder_key)
     elif is_deposable(st, survey):
         yield from take(st, holder)
 

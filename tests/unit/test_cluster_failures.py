@@ -16,7 +16,7 @@ from lockmgr.cluster.effects import (
     WriteHeartbeat,
     WriteView,
 )
-from lockmgr.cluster.events import DeathProven, EvictWanted
+from lockmgr.cluster.events import DeathProven, EvictWanted, PathLost
 from tests.unit.cluster_host import Host
 from tests.unit.cluster_world import World
 
@@ -317,6 +317,29 @@ def test_target_restart() -> None:
     assert not hosts[1].when(Reserve)
     assert all(listed(host) == names(*hosts) for host in hosts)
     assert all(host.control is not None for host in hosts)
+
+
+def lose(host: Host) -> None:
+    """The host's sessions are gone, as it learns now."""
+    keys = tuple(session.key for session in (host.control, host.data) if session is not None)
+    host.drop_paths()
+    host.give(PathLost(keys))
+
+
+def test_target_restart_while_another_reserves() -> None:
+    """Somebody reserves between the survey that said "nobody" and the next (a simulator's find)."""
+    for delay in range(20):
+        world = World()
+        hosts = world.cluster(2)
+        world.lun.restart()
+        lose(hosts[0])
+        world.run(delay / 1000)
+        lose(hosts[1])
+        world.run(3)
+        begin = world.t
+        power_off(world, hosts[0])
+        world.run_until(lambda: hosts[1].member.is_coordinator, 20)
+        assert [t for t in hosts[1].when(WriteHeartbeat) if begin - 1 < t < begin], delay
 
 
 def test_target_restart_without_the_coordinator() -> None:
