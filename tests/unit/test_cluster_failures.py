@@ -326,20 +326,20 @@ def lose(host: Host) -> None:
     host.give(PathLost(keys))
 
 
-def test_target_restart_while_another_reserves() -> None:
+@pytest.mark.parametrize("delay_ms", range(20))
+def test_target_restart_while_another_reserves(delay_ms: int) -> None:
     """Somebody reserves between the survey that said "nobody" and the next (a simulator's find)."""
-    for delay in range(20):
-        world = World()
-        hosts = world.cluster(2)
-        world.lun.restart()
-        lose(hosts[0])
-        world.run(delay / 1000)
-        lose(hosts[1])
-        world.run(3)
-        begin = world.t
-        power_off(world, hosts[0])
-        world.run_until(lambda: hosts[1].member.is_coordinator, 20)
-        assert [t for t in hosts[1].when(WriteHeartbeat) if begin - 1 < t < begin], delay
+    world = World()
+    hosts = world.cluster(2)
+    world.lun.restart()
+    lose(hosts[0])
+    world.run(delay_ms / 1000)
+    lose(hosts[1])
+    world.run(3)
+    begin = world.t
+    power_off(world, hosts[0])
+    world.run_until(lambda: hosts[1].member.is_coordinator, 20)
+    assert [t for t in hosts[1].when(WriteHeartbeat) if begin - 1 < t < begin]
 
 
 def test_target_restart_without_the_coordinator() -> None:
