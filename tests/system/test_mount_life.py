@@ -251,4 +251,4 @@ def test_the_daemon_is_protected(mnt: Mount) -> None:
 def test_options_of_the_mount(mnt: Mount) -> None:
     line = next(x for x in Path("/proc/mounts").read_text().splitlines() if str(mnt.path) in x)
     assert {"nosuid", "nodev", "allow_other"} <= set(line.split()[3].split(","))
-    assert mnt.connection.waiting() == 0
+    wait_until(lambda: mnt.connection.waiting() == 0, "the kernel to have its answers")
