@@ -18,7 +18,7 @@ the same instant, or it had been granted before and the task is told so; never b
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,7 +31,7 @@ from lockmgr.core import LockCore
 from lockmgr.errors import LockDeadlock, LockTimeout, ManagerClosed
 from lockmgr.events import Patience
 from lockmgr.lock import Acquisition, Lock
-from lockmgr.messages import Resource
+from lockmgr.messages import AnyMessage, Resource
 from lockmgr.modes import COVERS, Mode
 from lockmgr.settings import Settings
 from lockmgr.snapshot import LockSnapshot, Statistics
@@ -67,11 +67,25 @@ class _Drain:
     empty: bool = False
 
 
-class LockManager:
-    """The locks of one node of the cluster (so far: of its only node).
+SendTo = Callable[[int, AnyMessage], None]
+"""Take a message for a node of the view. It must not wait, and must not call the manager back."""
 
-    ``nursery`` runs timers and owners; see `open_lock_manager`. ``node`` and ``epoch`` come from
-    the cluster's view.
+
+def _nobody_there(to: int, message: AnyMessage) -> None:
+    raise AssertionError(f"a cluster of one node has nobody for {message} to {to}")
+
+
+def _tell_nobody(epoch: int) -> None:
+    del epoch
+
+
+class LockManager:
+    """The locks of one node of the cluster.
+
+    ``nursery`` runs timers and owners; see `open_lock_manager`. ``node``, ``epoch`` and ``members``
+    come from the cluster's view (`LockCore`); later views through `view_changed`. What ``send``
+    takes must reach the other node's `deliver` in order and without loss, as long as both are in
+    the view of its epoch. ``on_thawed`` is told each epoch whose locks are recovered.
     """
 
     def __init__(
@@ -81,8 +95,13 @@ class LockManager:
         node: int = 0,
         epoch: int = 1,
         settings: Settings | None = None,
+        members: Sequence[int] | None = None,
+        send: SendTo = _nobody_there,
+        on_thawed: Callable[[int], None] = _tell_nobody,
     ) -> None:
-        self.core = LockCore(node, epoch, settings)
+        self.core = LockCore(node, epoch, settings, members)
+        self._send = send
+        self._on_thawed = on_thawed
         self._nursery = nursery
         self._owners: dict[bytes, ResourceOwner] = {}
         self._prefixes: list[bytes] = []
@@ -222,6 +241,23 @@ class LockManager:
         lock = self.core.locks.locks.get(resource.name)
         return lock is not None and lock.held is not None and COVERS[lock.held][mode]
 
+    # -- the cluster -----------------------------------------------------------------------
+    def deliver(self, message: AnyMessage) -> None:
+        """A message from another node. Raises `ProtocolViolation` for what no correct peer says."""
+        self._step(events.Deliver(message))
+
+    def view_changed(self, view: events.ViewChanged) -> None:
+        """The node goes by another view: the locks are recovered, while those held go on."""
+        self._step(view)
+
+    def cleared(self, nodes: Iterable[int]) -> None:
+        """These departed nodes may be granted over: their leases are over (`events.Cleared`)."""
+        self._step(events.Cleared(frozenset(nodes)))
+
+    def replayed(self, nodes: Iterable[int]) -> None:
+        """The journals of these departed nodes are replayed (`events.JournalsReplayed`)."""
+        self._step(events.JournalsReplayed(frozenset(nodes)))
+
     # -- what there is ---------------------------------------------------------------------
     def statistics(self) -> Statistics:
         """Counters and gauges."""
@@ -274,8 +310,14 @@ class LockManager:
                     self._glimpsed(ticket, answer)
                 case events.Emptied():
                     self._emptied.set()
+                case events.Send(to, message):
+                    self._send(to, message)
+                case events.Thawed(epoch):
+                    self._on_thawed(epoch)
+                case events.EpochRefused(message):
+                    log.debug("of an earlier epoch: %s", message)
                 case _:
-                    raise AssertionError(f"a cluster of one node has nobody for {effect}")
+                    raise AssertionError(f"{effect} is no effect of a lock manager")
         due = _or_never(self.core.next_timer())
         if due != self._timer.deadline:
             self._timer.deadline = due
@@ -331,15 +373,29 @@ def _or_never(when: float | None) -> float:
 
 @asynccontextmanager
 async def open_lock_manager(
-    *, node: int = 0, epoch: int = 1, settings: Settings | None = None
+    *,
+    node: int = 0,
+    epoch: int = 1,
+    settings: Settings | None = None,
+    members: Sequence[int] | None = None,
+    send: SendTo = _nobody_there,
+    on_thawed: Callable[[int], None] = _tell_nobody,
 ) -> AsyncIterator[LockManager]:
-    """A lock manager with a nursery of its own.
+    """A lock manager with a nursery of its own; the arguments are those of `LockManager`.
 
     At the end of the block every lock is given up through its owner. If the block raises, nothing
     is: owners are cancelled, and what only they knew is lost as in a crash.
     """
     async with trio.open_nursery() as nursery:
-        manager = LockManager(nursery, node=node, epoch=epoch, settings=settings)
+        manager = LockManager(
+            nursery,
+            node=node,
+            epoch=epoch,
+            settings=settings,
+            members=members,
+            send=send,
+            on_thawed=on_thawed,
+        )
         yield manager
         await manager.aclose()
         nursery.cancel_scope.cancel()
