@@ -26,19 +26,35 @@ def mount(
             "from the machine id.",
         ),
     ] = "",
+    cluster_address: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDR[:PORT]",
+            help="This host's numeric address for its peers, TCP and UDP; port 21065 unless given. "
+            "Without it this host can use the volume only alone.",
+        ),
+    ] = "",
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, and log to stderr, until it is unmounted.")
     ] = False,
 ) -> None:
     """Mount the volume on LUN at DIR, and detach once the mount answers.
 
-    Example: csvctl mount iscsi://10.0.0.5/iqn.2026-11.org.example:vms/1 /srv/vms
+    Example: csvctl mount iscsi://10.0.0.5/iqn.2026-11.org.example:vms/1 /srv/vms \
+    --cluster-address 10.1.0.1
 
     CHAP users and passwords are read from /etc/csvfs/credentials (mode 0600), one a line:
     TARGET-IQN USER PASSWORD.
     """
     require_root()
-    mount_lun(read_lun(lun), directory, node=node, initiator=initiator, foreground=foreground)
+    mount_lun(
+        read_lun(lun),
+        directory,
+        node=node,
+        initiator=initiator,
+        cluster_address=cluster_address,
+        foreground=foreground,
+    )
 
 
 def mount_lun(
@@ -47,6 +63,7 @@ def mount_lun(
     *,
     node: str = "",
     initiator: str = "",
+    cluster_address: str = "",
     options: tuple[str, ...] = (),
     foreground: bool = False,
     quiet: bool = False,
@@ -69,6 +86,7 @@ def mount_lun(
         directory=mountpoint.check_free(directory),
         node=_node_name(node or places.node_name()),
         initiator=_initiator_name(initiator or places.initiator_name()),
+        cluster_address=_cluster_address(cluster_address),
         options=options,
         foreground=foreground,
         user=lun.credentials.user if lun.credentials else "",
@@ -92,6 +110,15 @@ def _node_name(name: str) -> str:
     if not name.isprintable() or not 0 < len(name.encode()) <= 64 or "/" in name:
         raise Problem(Kind.USAGE, f"the node name {name!r} is not 1 to 64 printable bytes")
     return name
+
+
+def _cluster_address(text: str) -> str:
+    from lockmgr.cluster.peers import parse_address
+
+    try:
+        return str(parse_address(text)) if text else ""
+    except ValueError as error:
+        raise Problem(Kind.USAGE, f"--cluster-address: {error}") from error
 
 
 def _initiator_name(name: str) -> str:

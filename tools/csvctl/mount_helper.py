@@ -6,10 +6,11 @@ pip installs it beside csvctl, but mount(8) looks for its helpers in /sbin only:
 ``ln -s "$(command -v mount.csvfs)" /sbin/``.
 
 Called as ``mount.csvfs SOURCE DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`` (mount(8),
-"external helpers"). Options of csvfs are ``node=NAME``, ``initiator=IQN``, ``allow_dev`` and
-``allow_suid``; those of mount(8) are handed on or, where they are for mount(8) alone, passed over.
-Any other is refused. (mount(8) does not tell its helpers of ``dev`` and ``suid``, which it takes
-for granted: so a mount is nodev and nosuid unless asked for in words of our own.)
+"external helpers"). Options of csvfs are ``node=NAME``, ``initiator=IQN``,
+``cluster=ADDR[:PORT]``, ``allow_dev`` and ``allow_suid``; those of mount(8) are handed on or, where
+they are for mount(8) alone, passed over. Any other is refused. (mount(8) does not tell its helpers
+of ``dev`` and ``suid``, which it takes for granted: so a mount is nodev and nosuid unless asked for
+in words of our own.)
 """
 
 from __future__ import annotations
@@ -74,12 +75,13 @@ class MountOptions:
 
     node: str = ""
     initiator: str = ""
+    cluster: str = ""
     kernel: tuple[str, ...] = ()
 
 
 def parse_options(text: str) -> MountOptions:
     """Read the value of ``-o``. Raises `Problem` (kind USAGE) for what nobody knows."""
-    named = {"node": "", "initiator": ""}
+    named = {"node": "", "initiator": "", "cluster": ""}
     kernel = []
     for option in filter(None, text.split(",")):
         name, _, value = option.partition("=")
@@ -93,7 +95,7 @@ def parse_options(text: str) -> MountOptions:
             raise Problem(Kind.USAGE, "options cannot be changed by remount: unmount and mount")
         elif option not in _PASSED_OVER and not name.startswith(("x-", "comment")):
             raise Problem(Kind.USAGE, f"the mount option {option!r} is not known")
-    return MountOptions(named["node"], named["initiator"], tuple(kernel))
+    return MountOptions(**named, kernel=tuple(kernel))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,6 +133,7 @@ def run(arguments: list[str]) -> int:
                 parsed.directory,
                 node=options.node,
                 initiator=options.initiator,
+                cluster_address=options.cluster,
                 options=options.kernel,
                 quiet=not parsed.verbose,
             )
