@@ -21,14 +21,14 @@ class MountSettings:
     """Absolute, without symbolic links."""
     node: str
     initiator: str
-    cluster_address: str = ""
-    """Where the node listens for its peers, ``ADDR:PORT``; empty: nobody can join it."""
     options: tuple[str, ...] = ()
     """Options of mount(8) that the kernel is to know (ro, dev, suid, noexec, ...)."""
     foreground: bool = False
     """The log goes to stderr."""
     user: str = ""
     password: str = field(default="", repr=False)
+    cluster_address: str = ""
+    """Where the node listens for its peers, ``ADDR:PORT``; empty: nobody can join it."""
 
     @property
     def credentials(self) -> Credentials | None:

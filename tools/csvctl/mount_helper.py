@@ -75,8 +75,8 @@ class MountOptions:
 
     node: str = ""
     initiator: str = ""
-    cluster: str = ""
     kernel: tuple[str, ...] = ()
+    cluster: str = ""
 
 
 def parse_options(text: str) -> MountOptions:
