@@ -9,6 +9,8 @@ Invariants
   with it every request of every guest. `csvfs.host.answers` maps errors to errno.
 - A lookup count is raised for every entry that a reply carries, and only then ("." and ".." never).
 - A file handle number is never reused within a mount.
+- Nothing is answered without a lease: whoever was frozen may have been succeeded meanwhile, and what
+  it has cached, or has just read, is old. It is looked at last, when everything else is done.
 
 What pyfuse3 does not show, and what follows: write() carries no flags, so O_APPEND, O_SYNC,
 O_DSYNC and O_DIRECT count as given to open(2) (RWF_* and F_SETFL cannot be served); O_TRUNC comes
@@ -72,6 +74,28 @@ class Handle(Protocol):
 
     @property
     def ino(self) -> int: ...
+
+
+class Lease(Protocol):
+    """How long this node may answer from what it knows (DESIGN.md section 4)."""
+
+    def valid(self) -> bool:
+        """Whether it runs now."""
+        ...
+
+    async def wait_valid(self) -> None:
+        """Return when it runs again. Raises when that will never be."""
+        ...
+
+
+class Unlimited:
+    """The lease of a volume that no other node can take."""
+
+    def valid(self) -> bool:
+        return True
+
+    async def wait_valid(self) -> None:
+        return
 
 
 H = TypeVar("H", bound=Handle)
@@ -140,10 +164,17 @@ def answered(handler: Handler[Self_, P, R]) -> Handler[Self_, P, R]:
     @functools.wraps(handler)
     async def answering(self: Self_, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return await handler(self, *args, **kwargs)
+            answer = await handler(self, *args, **kwargs)
+            if not self._lease.valid():
+                await self._lease.wait_valid()
+            return answer
         except FUSEError:
+            if not self._lease.valid():
+                await self._wait_lease()
             raise
         except Exception as error:
+            if not self._lease.valid():
+                await self._wait_lease()
             raise self._answers.to(f"{name}({args[0]})", error) from None
 
     return answering
@@ -156,9 +187,10 @@ class Operations(pyfuse3.Operations, Generic[H]):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, volume: Filesystem[H]) -> None:
+    def __init__(self, volume: Filesystem[H], lease: Lease | None = None) -> None:
         super().__init__()
         self._volume = volume
+        self._lease = lease or Unlimited()
         self._answers = Answers()
         self._files: dict[int, OpenFile[H]] = {}
         self._directories: dict[int, int] = {}
@@ -172,6 +204,13 @@ class Operations(pyfuse3.Operations, Generic[H]):
     def open_files(self) -> int:
         """How many open(2) have seen no release yet."""
         return len(self._files)
+
+    async def _wait_lease(self) -> None:
+        """Before an error is answered, which may be as old as any other answer."""
+        try:
+            await self._lease.wait_valid()
+        except Exception as error:
+            raise self._answers.to("lease", error) from None
 
     # -- names -----------------------------------------------------------------------------
     @answered
@@ -327,7 +366,10 @@ class Operations(pyfuse3.Operations, Generic[H]):
         if file.direct and (off | size) & _DIRECT_MASK:
             raise FUSEError(errno.EINVAL)
         try:
-            return await self._volume.read(file.handle, off, size)
+            data = await self._volume.read(file.handle, off, size)
+            if not self._lease.valid():
+                await self._lease.wait_valid()
+            return data
         except Exception as error:
             raise self._answers.to(f"read({fh})", error) from None
 
@@ -337,6 +379,8 @@ class Operations(pyfuse3.Operations, Generic[H]):
             written = await self._volume.write(file.handle, off, buf)
             if file.datasync is not None:
                 await self._volume.fsync(file.handle.ino, file.datasync)
+            if not self._lease.valid():
+                await self._lease.wait_valid()
             return written
         except Exception as error:
             raise self._answers.to(f"write({fh})", error) from None
