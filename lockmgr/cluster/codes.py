@@ -1,7 +1,7 @@
 """Every message there is, its code and its limits. Codes are never used again for something else.
 
 1 to 15      the connection itself
-16 to 63     locks: requests and grants, recovery, deadlocks
+16 to 63     locks: requests and grants, recovery, channels, deadlocks
 64 to 95     byte ranges
 96 to 127    membership
 128 on       layers above, which register with a registry of their own making (`new_registry`)
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from lockmgr import channel
 from lockmgr import messages as locks
 from lockmgr import ranges_messages as ranges
 from lockmgr.cluster import messages as members
@@ -37,6 +38,9 @@ _SMALL: Final[dict[int, type]] = {
     22: locks.Blocking,
     23: locks.Unblocking,
     24: locks.Probe,
+    40: channel.Resume,
+    41: channel.Confirmed,
+    42: channel.Skipped,
     48: locks.Suspicion,
     49: locks.AskWaits,
     64: ranges.RangeLock,

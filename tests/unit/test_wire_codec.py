@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lockmgr.channel import Control
 from lockmgr.cluster.codec import Registry, WireError
 from lockmgr.cluster.codes import REGISTRY
 from lockmgr.cluster.messages import EvictAsked, Message
@@ -32,6 +33,7 @@ def members_of(union: Any) -> set[type]:
 
 def test_every_message_has_a_code() -> None:
     every = members_of(AnyMessage) | members_of(RangeMessage) | members_of(Message)
+    every |= members_of(Control)
     assert set(REGISTRY.by_type) == every | {Hello, Goodbye}
 
 
