@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random, SystemRandom
 from typing import Final
 
@@ -46,8 +46,10 @@ from csvfs.format import (
     View,
     WriteCache,
     byte_offset,
+    encode_view,
     new_block,
     seal,
+    view_address,
 )
 from csvfs.namespace.inode import new_inode
 from csvfs.signatures import Signature, find_signatures, windows
@@ -202,8 +204,9 @@ def _contents(
     yield byte_offset(ROOT_INODE), _root_inode(volume_id, rng, now_ns)
     secret = rng.randbytes(SECRET_BYTES)
     for epoch in _EMPTY_VIEW_EPOCHS:
-        view = View.empty(geometry.slots, epoch, secret, now_ns, holder_key=options.holder_key)
-        yield byte_offset(view.address), view.encode(volume_id)
+        view = View.empty(geometry.slots, epoch, holder_key=options.holder_key, secret=secret)
+        view = replace(view, written_ns=now_ns)
+        yield byte_offset(view_address(epoch)), encode_view(view, volume_id)
     for group in range(geometry.group_count):
         header = GroupHeader.fresh(
             group, geometry.group_first_unit(group), geometry.group_units(group)

@@ -24,7 +24,10 @@ from csvfs.format import (
     Superblock,
     View,
     ViewSlot,
+    decode_view,
+    encode_view,
     newest_view,
+    view_address,
 )
 from csvfs.journal.record import JournalPlace
 from csvfs.journal.replay import (
@@ -86,7 +89,7 @@ async def check_views(
         return None
     for copy, address in zip(copies, VIEW_ADDRESSES, strict=True):
         try:
-            View.decode(copy, address, image.volume_id)
+            decode_view(copy, address, image.volume_id)
         except BadBlock as error:
             report(
                 Finding(
@@ -107,15 +110,15 @@ async def _view_of_traces(device: BlockDevice, superblock: Superblock, now_ns: i
 
 async def _put_next_view(bench: Workbench, *, view: View) -> None:
     """Epochs never repeat: the damaged copy is the one that the next epoch goes to."""
-    following = View(view.epoch + 1, view.holder_key, view.slots, view.secret, bench.now_ns)
+    following = view.next(view.holder_key, {}, bench.now_ns)
     await _put_view(bench, view=following)
 
 
 async def _put_view(bench: Workbench, *, view: View) -> None:
-    data = view.encode(bench.image.volume_id)
+    data = encode_view(view, bench.image.volume_id)
     for index in range(BLOCKS_PER_UNIT):
         at = index * BLOCK_BYTES
-        bench.image.put_sealed(view.address + index, data[at : at + BLOCK_BYTES])
+        bench.image.put_sealed(view_address(view.epoch) + index, data[at : at + BLOCK_BYTES])
 
 
 async def check_slot_blocks(

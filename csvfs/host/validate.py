@@ -38,6 +38,7 @@ from csvfs.format import (
     Superblock,
     View,
     byte_offset,
+    decode_view,
 )
 from csvfs.host.validate_facts import Copy, Door, Facts, Property, Refused, Report
 from csvfs.host.validate_lun import judge_lun
@@ -350,7 +351,7 @@ async def _view(device: BlockDevice, ask: _Ask, address: int, superblock: Superb
     if isinstance(block, MediumError):
         return Copy(None, str(block))
     try:
-        return Copy(View.decode(block, address, superblock.volume_id))
+        return Copy(decode_view(block, address, superblock.volume_id))
     except BadBlock as error:
         return Copy(None, str(error))
 

@@ -44,6 +44,7 @@ from csvfs.format import (
     Superblock,
     View,
     byte_offset,
+    certificate_fingerprint,
 )
 from csvfs.membership.decision import (
     Host,
@@ -64,7 +65,6 @@ from csvfs.membership.seat import (
     Seat,
     active_view,
     choose_seat,
-    fingerprint_of,
     joining_view,
     journal_tasks,
     left_view,
@@ -240,7 +240,7 @@ class _Claimer:
             await fence_predecessors(self.lun, newcomer, without_view=derive)
             seen, seat = await self._choose_seat(newcomer)
             data, control = await self._write_slot_block(newcomer, seat)
-            digest = fingerprint_of(self.host.certificate)
+            digest = certificate_fingerprint(self.host.certificate)
             view = joining_view(seen.view, seat, self.host, digest, newcomer.key, self.now_ns())
             await write_view(newcomer.registration, view, newcomer.superblock.volume_id)
             return await self._move_in(newcomer, view, seat, data, control)

@@ -23,7 +23,9 @@ from csvfs.format import (
     View,
     block_type,
     byte_offset,
+    encode_view,
     newest_view,
+    view_address,
 )
 from redirector.block.device import BlockDevice, MediumError
 from redirector.block.reservations import Registration
@@ -33,6 +35,17 @@ class NoVolume(Exception):
     """Neither the superblock nor its backup is valid: the LUN carries no csvfs volume."""
 
 
+class OlderVolume(NoVolume):
+    """An earlier csvfs formatted it, and this one does not read that format."""
+
+    def __init__(self, label: str) -> None:
+        name = f'"{label}"' if label else "on this LUN"
+        super().__init__(
+            f"the volume {name} was formatted by an earlier csvfs, and this one does not read it:"
+            " copy its files away with that one, and format it anew"
+        )
+
+
 class SuperblocksDestroyed(NoVolume):
     """The same, but a view of csvfs lies where a view belongs: there was a volume."""
 
@@ -40,19 +53,23 @@ class SuperblocksDestroyed(NoVolume):
 async def read_superblock(device: BlockDevice) -> tuple[Superblock, BadBlock | None]:
     """The superblock, and what is wrong with the first copy if the backup had to be used.
 
-    Raises `NoVolume`.
+    Raises `NoVolume`, and `OlderVolume` for one that cannot be read any more.
     """
     backup = (device.identity.size_bytes // UNIT_BYTES - 1) * (UNIT_BYTES // BLOCK_BYTES)
     errors: list[BadBlock] = []
     for address in (SUPERBLOCK_ADDRESS, max(backup, 0)):
         try:
             block = await device.read(byte_offset(address), BLOCK_BYTES)
-            return Superblock.decode(block, address), errors[0] if errors else None
+            superblock = Superblock.decode(block, address)
         except BadBlock as error:
             errors.append(error)
         except MediumError as error:
             reason = f"it cannot be read ({error})"
             errors.append(BadBlock(address, BlockType.SUPERBLOCK, reason))
+        else:
+            if superblock.missing_incompat and not superblock.unknown_incompat:
+                raise OlderVolume(superblock.label)
+            return superblock, errors[0] if errors else None
     words = "; ".join(str(error) for error in errors)
     raise SuperblocksDestroyed(words) if await _has_views(device) else NoVolume(words)
 
@@ -92,8 +109,8 @@ async def write_view(holder: Registration, view: View, volume_id: bytes) -> None
     succeeds reads it.
     """
     device = holder.device
-    block = view.encode(volume_id)
-    await holder.ask(lambda: device.write(byte_offset(view.address), block, fua=True))
+    block, address = encode_view(view, volume_id), view_address(view.epoch)
+    await holder.ask(lambda: device.write(byte_offset(address), block, fua=True))
     await holder.ask(device.flush)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from csvfs.format import (
     BLOCK_BYTES,
@@ -54,9 +54,7 @@ class ClaimMembership:
         await self._write_slot_block(control, data)
         view = await self._view(control)
         if view.holder_key != control.key:
-            view = replace(
-                view, epoch=view.epoch + 1, holder_key=control.key, written_ns=self.now_ns()
-            )
+            view = view.next(control.key, {}, self.now_ns())
             await write_view(control, view, claim.superblock.volume_id)
         claim.view, claim.control, claim.data = view, control, data
         claim.check()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
 from csvfs.format import (
-    FINGERPRINT_BYTES,
     NOBODY,
     Identity,
     Session,
@@ -64,67 +62,44 @@ def _next_incarnation(seen: Observation, slot: int) -> int:
     return used + 1
 
 
-def fingerprint_of(certificate: bytes) -> bytes:
-    """As a view lists it: SHA-256, zeroes without a certificate."""
-    return hashlib.sha256(certificate).digest() if certificate else bytes(FINGERPRINT_BYTES)
-
-
 def joining_view(
     view: View, seat: Seat, host: Host, fingerprint: bytes, holder_key: int, now_ns: int
 ) -> View:
     """The next view: this host joins, everybody else who is listed needs replay by it."""
-    slots = list(view.slots)
-    for number in seat.replays:
-        slots[number] = replace(
-            slots[number], state=SlotState.NEEDS_REPLAY, replay_by=seat.slot, since_ns=now_ns
-        )
+    slots = {
+        number: replace(view.slots[number], state=SlotState.NEEDS_REPLAY, replay_by=seat.slot)
+        for number in seat.replays
+    }
     slots[seat.slot] = ViewSlot(
-        seat.incarnation,
-        SlotState.JOINING,
-        NOBODY,
-        fingerprint,
-        host.node_name,
-        now_ns,
-        slots[seat.slot].flags,
-        host.machine_id,
-        host.boot_id,
+        incarnation=seat.incarnation,
+        state=SlotState.JOINING,
+        fingerprint=fingerprint,
+        node_name=host.node_name,
+        flags=view.slots[seat.slot].flags,
+        machine_id=host.machine_id,
+        boot_id=host.boot_id,
+        addresses=host.addresses,
     )
-    return replace(
-        view,
-        epoch=view.epoch + 1,
-        holder_key=holder_key,
-        slots=tuple(slots),
-        written_ns=now_ns,
-    )
+    return view.next(holder_key, slots, now_ns)
 
 
 def active_view(view: View, seat: Seat, holder_key: int, now_ns: int) -> View:
     """The next view: every journal is replayed, the host serves."""
-    slots = list(view.slots)
-    for number in seat.replays:
-        slots[number] = replace(
-            slots[number], state=SlotState.FREE, replay_by=NOBODY, since_ns=now_ns
-        )
+    slots = {
+        number: replace(view.slots[number], state=SlotState.FREE, replay_by=NOBODY)
+        for number in seat.replays
+    }
+    entry = view.slots[seat.slot]
     slots[seat.slot] = replace(
-        slots[seat.slot],
-        state=SlotState.ACTIVE,
-        since_ns=now_ns,
-        flags=slots[seat.slot].flags | ViewSlotFlag.JOURNAL_USED,
+        entry, state=SlotState.ACTIVE, flags=entry.flags | ViewSlotFlag.JOURNAL_USED
     )
-    return replace(
-        view, epoch=view.epoch + 1, holder_key=holder_key, slots=tuple(slots), written_ns=now_ns
-    )
+    return view.next(holder_key, slots, now_ns)
 
 
 def left_view(view: View, slot: int, holder_key: int, now_ns: int) -> View:
     """The next view: the host has left, its journal empty, and ``holder_key`` stays parked."""
-    entry = replace(view.slots[slot], state=SlotState.FREE, replay_by=NOBODY, since_ns=now_ns)
-    return replace(
-        view.with_slot(slot, entry),
-        epoch=view.epoch + 1,
-        holder_key=holder_key,
-        written_ns=now_ns,
-    )
+    entry = replace(view.slots[slot], state=SlotState.FREE, replay_by=NOBODY)
+    return view.next(holder_key, {slot: entry}, now_ns)
 
 
 # -- the slot block ------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ from csvfs.format import (
     Superblock,
     View,
     byte_offset,
+    decode_view,
     verify,
 )
 from csvfs.journal.block_transfer import in_parallel
@@ -117,7 +118,7 @@ def _valid_views(copies: Iterable[bytearray]) -> list[tuple[bytes, View]]:
     for copy, address in zip(copies, VIEW_ADDRESSES, strict=True):
         volume_id = bytes(copy[VOLUME_ID_OFFSET : VOLUME_ID_OFFSET + 16])
         try:
-            found.append((volume_id, View.decode(copy, address, volume_id)))
+            found.append((volume_id, decode_view(copy, address, volume_id)))
         except BadBlock:
             continue
     return found

@@ -42,7 +42,6 @@ from csvfs.format import (
     BadBlock,
     BlockType,
     Geometry,
-    Heartbeat,
     NoView,
     SlotBlock,
     SlotState,
@@ -54,9 +53,11 @@ from csvfs.format import (
     block_type,
     block_version,
     byte_offset,
+    certificate_fingerprint,
+    decode_heartbeat,
+    decode_view,
 )
 from csvfs.membership.fixed_area import read_view_copies
-from csvfs.membership.seat import fingerprint_of
 from redirector.block.device import BlockDevice
 from redirector.block.keys import MAX_INCARNATION, PathKey
 
@@ -171,7 +172,7 @@ def rebuilt_view(traces: Traces, keys: Sequence[int], rebuild: Rebuild) -> View:
         seen = [path.incarnation for path in of_keys if path.slot == number]
         slots.append(_entry(trace, max(trace.incarnation, *seen, 0), rebuild.now_ns))
     epoch = max(traces.epoch + 1, rebuild.now_ns >> _EPOCH_SHIFT)
-    return View(epoch, 0, tuple(slots), rebuild.secret, rebuild.now_ns)
+    return View(epoch, 0, tuple(slots), rebuild.secret, rebuild.now_ns, lock_epoch=epoch)
 
 
 def _entry(trace: SlotTraces, seen: int, now_ns: int) -> ViewSlot:
@@ -185,7 +186,7 @@ def _entry(trace: SlotTraces, seen: int, now_ns: int) -> ViewSlot:
     who = trace.block.identity
     return replace(
         entry,
-        fingerprint=fingerprint_of(who.certificate),
+        fingerprint=certificate_fingerprint(who.certificate),
         node_name=who.node_name,
         machine_id=who.machine_id,
         boot_id=who.boot_id,
@@ -208,7 +209,7 @@ def belongs_to_another(copies: Sequence[bytes | bytearray | memoryview], volume_
     for copy, address in zip(copies, VIEW_ADDRESSES, strict=True):
         found = bytes(copy[VOLUME_ID_OFFSET : VOLUME_ID_OFFSET + 16])
         try:
-            View.decode(copy, address, found)
+            decode_view(copy, address, found)
         except BadBlock:
             continue
         if found != volume_id:
@@ -241,6 +242,6 @@ async def read_traces(device: BlockDevice, superblock: Superblock) -> Traces:
 def _heard_epoch(geometry: Geometry, volume_id: bytes, slot: int, block: memoryview) -> int:
     """Of the view that a slot's last heartbeat acted on; 0: never heard."""
     try:
-        return Heartbeat.decode(block, geometry.heartbeat(slot), volume_id, slot).epoch
+        return decode_heartbeat(block, geometry.heartbeat(slot), volume_id, slot).epoch
     except BadBlock:
         return 0

@@ -55,7 +55,7 @@ class BlockType(IntEnum):
     """What a block is. Numbers are on disk: never reused."""
 
     SUPERBLOCK = 1
-    VIEW = 2
+    VIEW = 16
     SLOT = 3
     HEARTBEAT = 4
     JOIN = 5

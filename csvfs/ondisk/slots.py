@@ -1,14 +1,16 @@
 """Slot, heartbeat and join blocks: one of each a slot.
 
 A slot block is written by the slot's node and read by whoever must reach or fence it: it is on
-the LUN *before* the sessions it names exist. A heartbeat block changes as long as its node
-lives. In a join block a newcomer asks to become a member (used from many hosts on).
+the LUN *before* the data sessions it names exist. A heartbeat block changes as long as its node
+lives. In a join block a newcomer asks to become a member. What the last two say is
+`lockmgr.cluster.blocks`; here is how it is written down.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from struct import Struct
 from typing import Final
 
@@ -24,34 +26,45 @@ from csvfs.ondisk.block import (
     unpack_text,
     verify,
 )
-from csvfs.ondisk.view import NODE_NAME_BYTES
+from csvfs.ondisk.view import (
+    ADDRESS_BYTES,
+    MAX_ADDRESSES,
+    NODE_NAME_BYTES,
+    Block,
+    pack_addresses,
+    unpack_addresses,
+)
+from lockmgr.cluster.blocks import Heartbeat, HeartbeatFlag, JoinRequest
+from lockmgr.cluster.view import FINGERPRINT_BYTES
 
 INITIATOR_NAME_BYTES: Final = 224
 """RFC 7143 4.2.7.1: at most 223 bytes."""
 PORTAL_BYTES: Final = 72
-ADDRESS_BYTES: Final = 64
-MAX_ADDRESSES: Final = 6
 MAX_SESSIONS: Final = 7
 MAX_CERTIFICATE_BYTES: Final = 1152
 
 IDENTITY_FIELDS: Final = Struct("<IIQq16s16s64s")
 """incarnation, generation, key, since_ns, machine id, boot id, node name; in slot and join blocks
 at 64."""
+JOIN_SEQUENCE: Final = Struct("<Q")
+"""In join blocks, behind that."""
+JOIN_SEQUENCE_OFFSET: Final = HEADER_BYTES + IDENTITY_FIELDS.size
 ADDRESSES_OFFSET: Final = 256
-CERTIFICATE_OFFSET: Final = ADDRESSES_OFFSET + MAX_ADDRESSES * ADDRESS_BYTES
+CERTIFICATE_OFFSET: Final = 640
 CERTIFICATE_LENGTH: Final = Struct("<H")
 CERTIFICATE_DATA_OFFSET: Final = CERTIFICATE_OFFSET + 16
 SESSIONS_OFFSET: Final = 1856
 SESSION: Final = Struct("<BBHIQQ72s224s")
 """kind, carrier, generation, portal group tag, ISID, key, portal, InitiatorName."""
 
-assert HEADER_BYTES + IDENTITY_FIELDS.size <= ADDRESSES_OFFSET
+assert JOIN_SEQUENCE_OFFSET + JOIN_SEQUENCE.size <= ADDRESSES_OFFSET
+assert ADDRESSES_OFFSET + MAX_ADDRESSES * ADDRESS_BYTES <= CERTIFICATE_OFFSET
 assert CERTIFICATE_DATA_OFFSET + MAX_CERTIFICATE_BYTES <= SESSIONS_OFFSET
 assert SESSION.size == 320
 assert SESSIONS_OFFSET + MAX_SESSIONS * SESSION.size == BLOCK_BYTES
 
-HEARTBEAT_FIELDS: Final = Struct("<IIQQqQ")
-"""incarnation, flags, sequence, epoch, sent_ns (CLOCK_BOOTTIME), bit map of slots it hears."""
+HEARTBEAT_FIELDS: Final = Struct("<IIQQQ")
+"""incarnation, flags, sequence, epoch, bit map of slots it hears."""
 
 DIRECT: Final = 255
 """``carrier`` of a session that the node itself logged in."""
@@ -61,12 +74,6 @@ class SessionKind(IntEnum):
     UNUSED = 0
     DATA = 1
     CONTROL = 2
-
-
-class HeartbeatFlag(IntFlag):
-    NONE = 0
-    LEAVING = 1
-    HAS_DIRECT_PATH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +113,6 @@ class Identity:
         """Raises ValueError when something does not fit."""
         if len(self.machine_id) != 16 or len(self.boot_id) != 16:
             raise ValueError("machine id and boot id have 16 bytes")
-        if len(self.addresses) > MAX_ADDRESSES:
-            raise ValueError(f"{len(self.addresses)} addresses: at most {MAX_ADDRESSES}")
         if len(self.certificate) > MAX_CERTIFICATE_BYTES:
             raise ValueError(f"a certificate of {len(self.certificate)} bytes")
         IDENTITY_FIELDS.pack_into(
@@ -121,30 +126,17 @@ class Identity:
             self.boot_id,
             pack_text(self.node_name, NODE_NAME_BYTES, "node name"),
         )
-        for number, address in enumerate(self.addresses):
-            if not address:
-                raise ValueError("an empty address")
-            data = pack_text(address, ADDRESS_BYTES, "address")
-            at = ADDRESSES_OFFSET + number * ADDRESS_BYTES
-            block[at : at + len(data)] = data
+        pack_addresses(block, ADDRESSES_OFFSET, self.addresses)
         CERTIFICATE_LENGTH.pack_into(block, CERTIFICATE_OFFSET, len(self.certificate))
         end = CERTIFICATE_DATA_OFFSET + len(self.certificate)
         block[CERTIFICATE_DATA_OFFSET:end] = self.certificate
 
     @classmethod
-    def unpack(
-        cls, block: bytes | bytearray | memoryview, address: int, kind: BlockType
-    ) -> Identity:
+    def unpack(cls, block: Block, address: int, kind: BlockType) -> Identity:
         """Read it from a verified block. Raises `BadBlock`."""
         incarnation, generation, key, since_ns, machine_id, boot_id, name = (
             IDENTITY_FIELDS.unpack_from(block, HEADER_BYTES)
         )
-        addresses = []
-        for number in range(MAX_ADDRESSES):
-            at = ADDRESSES_OFFSET + number * ADDRESS_BYTES
-            text = unpack_text(bytes(block[at : at + ADDRESS_BYTES]), address, kind, "address")
-            if text:
-                addresses.append(text)
         (length,) = CERTIFICATE_LENGTH.unpack_from(block, CERTIFICATE_OFFSET)
         if length > MAX_CERTIFICATE_BYTES:
             raise BadBlock(address, kind, f"a certificate of {length} bytes")
@@ -156,7 +148,7 @@ class Identity:
             machine_id,
             boot_id,
             unpack_text(name, address, kind, "node name"),
-            tuple(addresses),
+            unpack_addresses(block, ADDRESSES_OFFSET, address, kind),
             bytes(block[CERTIFICATE_DATA_OFFSET : CERTIFICATE_DATA_OFFSET + length]),
         )
 
@@ -193,7 +185,7 @@ class SlotBlock:
 
     @classmethod
     def decode(
-        cls, block: bytes | bytearray | memoryview, address: int, volume_id: bytes, slot: int
+        cls, block: Block, address: int, volume_id: bytes, slot: int
     ) -> tuple[SlotBlock, int]:
         """The slot block and its version. Raises `BadBlock`."""
         kind = BlockType.SLOT
@@ -222,65 +214,71 @@ class SlotBlock:
         return cls(slot, Identity.unpack(block, address, kind), tuple(sessions)), version
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """A sign of life; the block's version is its sequence + 1."""
-
-    slot: int
-    incarnation: int
-    sequence: int
-    epoch: int = 0
-    sent_ns: int = 0
-    """CLOCK_BOOTTIME of the sender: comparable only with itself."""
-    hears: int = 0
-    flags: HeartbeatFlag = HeartbeatFlag.NONE
-
-    def encode(self, volume_id: bytes, address: int) -> bytearray:
-        """The sealed block."""
-        block = new_block(BlockType.HEARTBEAT, address, self.slot, volume_id)
-        HEARTBEAT_FIELDS.pack_into(
-            block,
-            HEADER_BYTES,
-            self.incarnation,
-            self.flags,
-            self.sequence,
-            self.epoch,
-            self.sent_ns,
-            self.hears,
-        )
-        seal(block, self.sequence + 1)
-        return block
-
-    @classmethod
-    def decode(
-        cls, block: bytes | bytearray | memoryview, address: int, volume_id: bytes, slot: int
-    ) -> Heartbeat:
-        """Verify and read one. Raises `BadBlock`."""
-        verify(block, address, BlockType.HEARTBEAT, volume_id, slot)
-        incarnation, flags, sequence, epoch, sent_ns, hears = HEARTBEAT_FIELDS.unpack_from(
-            block, HEADER_BYTES
-        )
-        return cls(slot, incarnation, sequence, epoch, sent_ns, hears, HeartbeatFlag(flags))
+# -- signs of life ---------------------------------------------------------------------------------
+def encode_heartbeat(beat: Heartbeat, volume_id: bytes, address: int) -> bytearray:
+    """The sealed block; its version is the sequence + 1."""
+    block = new_block(BlockType.HEARTBEAT, address, beat.slot, volume_id)
+    HEARTBEAT_FIELDS.pack_into(
+        block,
+        HEADER_BYTES,
+        beat.incarnation,
+        beat.flags,
+        beat.sequence,
+        beat.epoch,
+        beat.hears,
+    )
+    seal(block, beat.sequence + 1)
+    return block
 
 
-@dataclass(frozen=True, slots=True)
-class JoinBlock:
-    """A newcomer's request to be taken into slot ``slot``."""
+def decode_heartbeat(block: Block, address: int, volume_id: bytes, slot: int) -> Heartbeat:
+    """Verify and read one. Raises `BadBlock`."""
+    verify(block, address, BlockType.HEARTBEAT, volume_id, slot)
+    incarnation, flags, sequence, epoch, hears = HEARTBEAT_FIELDS.unpack_from(block, HEADER_BYTES)
+    return Heartbeat(slot, incarnation, sequence, epoch, hears, HeartbeatFlag(flags))
 
-    slot: int
-    identity: Identity
 
-    def encode(self, volume_id: bytes, address: int, version: int) -> bytearray:
-        """The sealed block. Raises ValueError when something does not fit."""
-        block = new_block(BlockType.JOIN, address, self.slot, volume_id)
-        self.identity.pack_into(block)
-        seal(block, version)
-        return block
+# -- asking to be taken in -------------------------------------------------------------------------
+def encode_join(request: JoinRequest, volume_id: bytes, address: int) -> bytearray:
+    """The sealed block; its version is the sequence + 1. Raises ValueError when something does not
+    fit, or the fingerprint is not the certificate's: it is not written, but made of that."""
+    if request.fingerprint != certificate_fingerprint(request.certificate):
+        raise ValueError("the fingerprint is not that of the certificate")
+    block = new_block(BlockType.JOIN, address, request.slot, volume_id)
+    Identity(
+        incarnation=0,
+        generation=0,
+        key=request.key,
+        since_ns=0,
+        machine_id=request.machine_id,
+        boot_id=request.boot_id,
+        node_name=request.node_name,
+        addresses=request.addresses,
+        certificate=request.certificate,
+    ).pack_into(block)
+    JOIN_SEQUENCE.pack_into(block, JOIN_SEQUENCE_OFFSET, request.sequence)
+    seal(block, request.sequence + 1)
+    return block
 
-    @classmethod
-    def decode(
-        cls, block: bytes | bytearray | memoryview, address: int, volume_id: bytes, slot: int
-    ) -> tuple[JoinBlock, int]:
-        """The request and its version. Raises `BadBlock`."""
-        version = verify(block, address, BlockType.JOIN, volume_id, slot)
-        return cls(slot, Identity.unpack(block, address, BlockType.JOIN)), version
+
+def decode_join(block: Block, address: int, volume_id: bytes, slot: int) -> JoinRequest:
+    """Verify and read one. Raises `BadBlock`."""
+    verify(block, address, BlockType.JOIN, volume_id, slot)
+    who = Identity.unpack(block, address, BlockType.JOIN)
+    (sequence,) = JOIN_SEQUENCE.unpack_from(block, JOIN_SEQUENCE_OFFSET)
+    return JoinRequest(
+        slot,
+        who.key,
+        sequence,
+        who.node_name,
+        who.machine_id,
+        who.boot_id,
+        certificate_fingerprint(who.certificate),
+        who.addresses,
+        who.certificate,
+    )
+
+
+def certificate_fingerprint(certificate: bytes) -> bytes:
+    """As a view lists it: SHA-256 of the DER bytes, zeroes without a certificate."""
+    return hashlib.sha256(certificate).digest() if certificate else bytes(FINGERPRINT_BYTES)

@@ -39,8 +39,9 @@ assert HEADER_BYTES + SUPERBLOCK_FIELDS.size <= BLOCK_BYTES
 
 KNOWN_COMPAT: Final = 0
 KNOWN_RO_COMPAT: Final = 0
-KNOWN_INCOMPAT: Final = 0
-"""Feature bits that this version of csvfs understands."""
+KNOWN_INCOMPAT: Final = 1
+"""Feature bits that this version of csvfs understands. Bit 0: views, join and heartbeat blocks
+are those of many hosts; whatever was formatted without it is of an earlier csvfs."""
 
 
 class WriteCache(IntEnum):
@@ -90,7 +91,7 @@ class Superblock:
     write_cache: WriteCache = WriteCache.VOLATILE
     compat: int = field(default=0, kw_only=True)
     ro_compat: int = field(default=0, kw_only=True)
-    incompat: int = field(default=0, kw_only=True)
+    incompat: int = field(default=KNOWN_INCOMPAT, kw_only=True)
 
     @property
     def unmap_allowed(self) -> bool:
@@ -102,6 +103,11 @@ class Superblock:
     def unknown_incompat(self) -> int:
         """Feature bits without which the volume must not be touched at all."""
         return self.incompat & ~KNOWN_INCOMPAT
+
+    @property
+    def missing_incompat(self) -> int:
+        """Feature bits without which this csvfs cannot read the volume: an earlier one made it."""
+        return KNOWN_INCOMPAT & ~self.incompat
 
     @property
     def unknown_ro_compat(self) -> int:

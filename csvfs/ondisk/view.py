@@ -1,4 +1,6 @@
-"""The view: who is a member, in two copies of 64 KiB with one checksum each.
+"""The view on the LUN: two copies of 64 KiB with one checksum each.
+
+What a view is, `lockmgr.cluster.view` says; here is how it is written down.
 
 Invariants:
 - every view written takes the next epoch; the block's version is the epoch;
@@ -9,8 +11,6 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import Final
 
@@ -27,160 +27,127 @@ from csvfs.ondisk.block import (
     verify,
 )
 from csvfs.ondisk.geometry import VIEW_ADDRESSES, VIEW_BYTES
+from lockmgr.cluster.view import (
+    FINGERPRINT_BYTES,
+    NOBODY,
+    SECRET_BYTES,
+    SlotState,
+    View,
+    ViewSlot,
+    ViewSlotFlag,
+)
 
-VIEW_FIELDS: Final = Struct("<QQqHH4x32s")
-"""epoch, holder key, written_ns, slots, 0, heartbeat secret."""
+__all__ = [
+    "ADDRESS_BYTES",
+    "FINGERPRINT_BYTES",
+    "MAX_ADDRESSES",
+    "NOBODY",
+    "NODE_NAME_BYTES",
+    "SECRET_BYTES",
+    "VIEW_FIELDS",
+    "VIEW_SLOT",
+    "VIEW_SLOTS_OFFSET",
+    "VIEW_SLOT_ADDRESSES_OFFSET",
+    "VIEW_SLOT_BYTES",
+    "NoView",
+    "SlotState",
+    "View",
+    "ViewSlot",
+    "ViewSlotFlag",
+    "decode_view",
+    "encode_view",
+    "newest_view",
+    "pack_addresses",
+    "unpack_addresses",
+    "view_address",
+]
+
+Block = bytes | bytearray | memoryview
+
+VIEW_FIELDS: Final = Struct("<QQqHH4x32sQ")
+"""epoch, holder key, written_ns, slots, 0, heartbeat secret, lock epoch."""
 VIEW_SLOTS_OFFSET: Final = 512
 VIEW_SLOT: Final = Struct("<IBBHQq32s64s16s16s")
 """incarnation, state, replay by, flags, 0, since_ns, certificate fingerprint, node name,
 machine id, boot id."""
+VIEW_SLOT_ADDRESSES_OFFSET: Final = VIEW_SLOT.size
 VIEW_SLOT_BYTES: Final = 512
 NODE_NAME_BYTES: Final = 64
-FINGERPRINT_BYTES: Final = 32
-SECRET_BYTES: Final = 32
-NOBODY: Final = 255
-"""``replay_by`` while no node has been told to replay."""
+ADDRESS_BYTES: Final = 64
+MAX_ADDRESSES: Final = 5
+"""Of one node: as many as a slot's entry has room for."""
 
 assert HEADER_BYTES + VIEW_FIELDS.size <= VIEW_SLOTS_OFFSET
-assert VIEW_SLOT.size <= VIEW_SLOT_BYTES
+assert VIEW_SLOT_ADDRESSES_OFFSET + MAX_ADDRESSES * ADDRESS_BYTES <= VIEW_SLOT_BYTES
 assert VIEW_SLOTS_OFFSET + MAX_SLOTS * VIEW_SLOT_BYTES <= VIEW_BYTES
 
 
-class SlotState(IntEnum):
-    FREE = 0
-    """Nobody; its journal holds nothing live."""
-    JOINING = 1
-    """Its node may do I/O, and serves nothing yet: the slot's journal may still hold what the
-    incarnation before it left."""
-    ACTIVE = 2
-    NEEDS_REPLAY = 3
-    """Its node is gone and fenced; its journal is still to be replayed."""
+def view_address(epoch: int) -> int:
+    """Where the view of that epoch lies."""
+    return VIEW_ADDRESSES[epoch % 2]
 
 
-class ViewSlotFlag(IntFlag):
-    NONE = 0
-    JOURNAL_USED = 1
-    """Journal, orphan and reclaim root of the slot were written: from the first ACTIVE on."""
-
-
-@dataclass(frozen=True, slots=True)
-class ViewSlot:
-    """One slot as the view has it."""
-
-    incarnation: int = 0
-    """Of the node that is, or was last, in the slot; never reused."""
-    state: SlotState = SlotState.FREE
-    replay_by: int = NOBODY
-    """NEEDS_REPLAY: the slot whose node replays."""
-    fingerprint: bytes = bytes(FINGERPRINT_BYTES)
-    """SHA-256 of the node's certificate."""
-    node_name: str = ""
-    since_ns: int = 0
-    """CLOCK_REALTIME of the last change of this entry; for people only."""
-    flags: ViewSlotFlag = ViewSlotFlag.NONE
-    machine_id: bytes = bytes(16)
-    boot_id: bytes = bytes(16)
-    """With the node's name, what proves that an incarnation was this host's and is dead. Here and
-    not only in the slot block, because that has one copy and a write of it may be torn."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """The member list of one epoch."""
-
-    epoch: int
-    holder_key: int
-    """Key of the node that holds the reservation; under an empty view the parked key; 0: none."""
-    slots: tuple[ViewSlot, ...]
-    secret: bytes = field(default=bytes(SECRET_BYTES), repr=False)
-    written_ns: int = 0
-
-    @classmethod
-    def empty(
-        cls, slots: int, epoch: int, secret: bytes, written_ns: int = 0, *, holder_key: int = 0
-    ) -> View:
-        """A view with nobody in it and no slot ever used, as format writes it."""
-        return cls(epoch, holder_key, (ViewSlot(),) * slots, secret, written_ns)
-
-    @property
-    def address(self) -> int:
-        """Where this epoch's view lies."""
-        return VIEW_ADDRESSES[self.epoch % 2]
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """Slots that are not free: a view with none is *empty*."""
-        return tuple(n for n, slot in enumerate(self.slots) if slot.state != SlotState.FREE)
-
-    def lists(self, slot: int, incarnation: int) -> bool:
-        """True if that incarnation may do I/O: joining or active."""
-        if not 0 <= slot < len(self.slots):
-            return False
-        entry = self.slots[slot]
-        return entry.incarnation == incarnation and entry.state in (
-            SlotState.JOINING,
-            SlotState.ACTIVE,
-        )
-
-    def with_slot(self, number: int, slot: ViewSlot) -> View:
-        """The same view with one entry replaced; the epoch is the caller's to raise."""
-        return replace(self, slots=(*self.slots[:number], slot, *self.slots[number + 1 :]))
-
-    def encode(self, volume_id: bytes) -> bytearray:
-        """The sealed 64 KiB, to be written at `address`."""
-        if not 0 < len(self.slots) <= MAX_SLOTS or self.epoch < 1:
-            raise ValueError(f"a view of {len(self.slots)} slots and epoch {self.epoch}")
-        block = new_block(BlockType.VIEW, self.address, 0, volume_id, size_bytes=VIEW_BYTES)
-        VIEW_FIELDS.pack_into(
+def encode_view(view: View, volume_id: bytes) -> bytearray:
+    """The sealed 64 KiB, to be written at `view_address`. Raises ValueError if it does not fit."""
+    if not 0 < len(view.slots) <= MAX_SLOTS or view.epoch < 1:
+        raise ValueError(f"a view of {len(view.slots)} slots and epoch {view.epoch}")
+    address = view_address(view.epoch)
+    block = new_block(BlockType.VIEW, address, 0, volume_id, size_bytes=VIEW_BYTES)
+    VIEW_FIELDS.pack_into(
+        block,
+        HEADER_BYTES,
+        view.epoch,
+        view.holder_key,
+        view.written_ns,
+        len(view.slots),
+        0,
+        view.secret,
+        view.lock_epoch,
+    )
+    for number, slot in enumerate(view.slots):
+        at = VIEW_SLOTS_OFFSET + number * VIEW_SLOT_BYTES
+        VIEW_SLOT.pack_into(
             block,
-            HEADER_BYTES,
-            self.epoch,
-            self.holder_key,
-            self.written_ns,
-            len(self.slots),
+            at,
+            slot.incarnation,
+            slot.state,
+            slot.replay_by,
+            slot.flags,
             0,
-            self.secret,
+            slot.since_ns,
+            slot.fingerprint,
+            pack_text(slot.node_name, NODE_NAME_BYTES, "node name"),
+            slot.machine_id,
+            slot.boot_id,
         )
-        for number, slot in enumerate(self.slots):
-            VIEW_SLOT.pack_into(
-                block,
-                VIEW_SLOTS_OFFSET + number * VIEW_SLOT_BYTES,
-                slot.incarnation,
-                slot.state,
-                slot.replay_by,
-                slot.flags,
-                0,
-                slot.since_ns,
-                slot.fingerprint,
-                pack_text(slot.node_name, NODE_NAME_BYTES, "node name"),
-                slot.machine_id,
-                slot.boot_id,
-            )
-        seal(block, self.epoch)
-        return block
-
-    @classmethod
-    def decode(cls, block: bytes | bytearray | memoryview, address: int, volume_id: bytes) -> View:
-        """Verify and read one copy. Raises `BadBlock`."""
-        kind = BlockType.VIEW
-        if len(block) != VIEW_BYTES:
-            raise BadBlock(address, kind, f"it has {len(block)} bytes")
-        version = verify(block, address, kind, volume_id, 0)
-        epoch, holder_key, written_ns, count, _, secret = VIEW_FIELDS.unpack_from(
-            block, HEADER_BYTES
-        )
-        if version != epoch or VIEW_ADDRESSES[epoch % 2] != address:
-            raise BadBlock(address, kind, f"epoch {epoch}, version {version} in this place")
-        if not 0 < count <= MAX_SLOTS:
-            raise BadBlock(address, kind, f"{count} slots")
-        slots = tuple(
-            _decode_slot(block, VIEW_SLOTS_OFFSET + number * VIEW_SLOT_BYTES, address)
-            for number in range(count)
-        )
-        return cls(epoch, holder_key, slots, secret, written_ns)
+        pack_addresses(block, at + VIEW_SLOT_ADDRESSES_OFFSET, slot.addresses)
+    seal(block, view.epoch)
+    return block
 
 
-def _decode_slot(block: bytes | bytearray | memoryview, at: int, address: int) -> ViewSlot:
+def decode_view(block: Block, address: int, volume_id: bytes) -> View:
+    """Verify and read one copy. Raises `BadBlock`."""
+    kind = BlockType.VIEW
+    if len(block) != VIEW_BYTES:
+        raise BadBlock(address, kind, f"it has {len(block)} bytes")
+    version = verify(block, address, kind, volume_id, 0)
+    epoch, holder_key, written_ns, count, _, secret, lock_epoch = VIEW_FIELDS.unpack_from(
+        block, HEADER_BYTES
+    )
+    if version != epoch or view_address(epoch) != address:
+        raise BadBlock(address, kind, f"epoch {epoch}, version {version} in this place")
+    if not 0 < count <= MAX_SLOTS:
+        raise BadBlock(address, kind, f"{count} slots")
+    if lock_epoch > epoch:
+        raise BadBlock(address, kind, f"lock epoch {lock_epoch} in epoch {epoch}")
+    slots = tuple(
+        _decode_slot(block, VIEW_SLOTS_OFFSET + number * VIEW_SLOT_BYTES, address)
+        for number in range(count)
+    )
+    return View(epoch, holder_key, slots, secret, written_ns, lock_epoch)
+
+
+def _decode_slot(block: Block, at: int, address: int) -> ViewSlot:
     kind = BlockType.VIEW
     (
         incarnation,
@@ -204,14 +171,36 @@ def _decode_slot(block: bytes | bytearray | memoryview, at: int, address: int) -
         ViewSlotFlag(flags),
         machine_id,
         boot_id,
+        unpack_addresses(block, at + VIEW_SLOT_ADDRESSES_OFFSET, address, kind),
     )
+
+
+# -- where a node listens: in views, slot blocks and join blocks ----------------------------------
+def pack_addresses(block: bytearray, at: int, addresses: Sequence[str]) -> None:
+    """Raises ValueError when they do not fit."""
+    if len(addresses) > MAX_ADDRESSES:
+        raise ValueError(f"{len(addresses)} addresses: at most {MAX_ADDRESSES}")
+    for address in addresses:
+        if not address:
+            raise ValueError("an empty address")
+        data = pack_text(address, ADDRESS_BYTES, "address")
+        block[at : at + len(data)] = data
+        at += ADDRESS_BYTES
+
+
+def unpack_addresses(block: Block, at: int, address: int, kind: BlockType) -> tuple[str, ...]:
+    """Read them from a verified block. Raises `BadBlock`."""
+    places = range(at, at + MAX_ADDRESSES * ADDRESS_BYTES, ADDRESS_BYTES)
+    fields = (bytes(block[place : place + ADDRESS_BYTES]) for place in places)
+    texts = (unpack_text(field, address, kind, "address") for field in fields)
+    return tuple(text for text in texts if text)
 
 
 class NoView(Exception):
     """Neither copy of the view can be believed; says what is wrong with each."""
 
 
-def newest_view(copies: Sequence[bytes | bytearray | memoryview], volume_id: bytes) -> View:
+def newest_view(copies: Sequence[Block], volume_id: bytes) -> View:
     """The valid copy with the higher epoch; ``copies`` as read from `VIEW_ADDRESSES`, in order.
 
     Raises `NoView` when both are bad.
@@ -220,7 +209,7 @@ def newest_view(copies: Sequence[bytes | bytearray | memoryview], volume_id: byt
     errors: list[str] = []
     for block, address in zip(copies, VIEW_ADDRESSES, strict=True):
         try:
-            view = View.decode(block, address, volume_id)
+            view = decode_view(block, address, volume_id)
         except BadBlock as error:
             errors.append(str(error))
             continue

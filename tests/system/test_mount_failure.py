@@ -18,7 +18,9 @@ from csvfs.format import (
     Superblock,
     View,
     byte_offset,
+    encode_view,
     newest_view,
+    view_address,
 )
 from csvfs.host import mountpoint
 from tests.mounts import Host
@@ -111,9 +113,9 @@ def forget_members(lun: Path) -> None:
             file.seek(byte_offset(address))
             copies.append(bytearray(file.read(VIEW_BYTES)))
         view = newest_view(copies, superblock.volume_id)
-        empty = View.empty(len(view.slots), view.epoch + 1, view.secret)
-        file.seek(byte_offset(empty.address))
-        file.write(empty.encode(superblock.volume_id))
+        empty = View.empty(len(view.slots), view.epoch + 1, secret=view.secret)
+        file.seek(byte_offset(view_address(empty.epoch)))
+        file.write(encode_view(empty, superblock.volume_id))
 
 
 def test_a_full_volume(tgt: Tgt, host: Host) -> None:

@@ -300,12 +300,22 @@ def test_views_of_a_claim() -> None:
     joining = joining_view(before, chosen, HOST, b"F" * 32, NEWCOMER, 77)
     assert (joining.epoch, joining.holder_key) == (9, NEWCOMER)
     assert joining.slots[1] == ViewSlot(
-        8, SlotState.JOINING, 255, b"F" * 32, "alpha", 77, USED, HOST.machine_id, HOST.boot_id
+        8,
+        SlotState.JOINING,
+        255,
+        b"F" * 32,
+        "alpha",
+        77,
+        USED,
+        HOST.machine_id,
+        HOST.boot_id,
+        HOST.addresses,
     )
+    assert joining.lock_epoch == 9  # what was active is not any more
     assert joining.slots[0] == replace(waiting, replay_by=1, since_ns=77)
     assert joining.secret == before.secret
     serving = active_view(joining, chosen, key(1, 8), 78)
-    assert (serving.epoch, serving.holder_key) == (10, key(1, 8))
+    assert (serving.epoch, serving.lock_epoch, serving.holder_key) == (10, 10, key(1, 8))
     assert serving.slots[1].state == SlotState.ACTIVE
     assert serving.slots[0].state == SlotState.FREE
     assert serving.slots[0].flags == USED

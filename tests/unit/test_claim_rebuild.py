@@ -327,9 +327,9 @@ async def test_a_torn_copy_still_says_its_epoch(autojump_clock: MockClock) -> No
     claim = await alpha().claim(lun, rebuild=False)
     geometry, volume_id = claim.superblock.geometry, claim.superblock.volume_id
     view = replace(claim.view, epoch=(NOW_NS >> 20) + 1000)
-    block = view.encode(volume_id)
+    block = fmt.encode_view(view, volume_id)
     for at in range(16):
-        lun.blocks[view.address + at] = bytes(block[at * 4096 : at * 4096 + 4096])
+        lun.blocks[fmt.view_address(view.epoch) + at] = bytes(block[at * 4096 : at * 4096 + 4096])
     tear_views(lun)
     claim.abort()
     claim = await alpha(2).claim(lun)

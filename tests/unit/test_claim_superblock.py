@@ -125,7 +125,7 @@ def root_of_another(lun: SimulatedLun, old: Superblock) -> None:
 
 
 def view_of_another(lun: SimulatedLun, old: Superblock) -> None:
-    view = fmt.View.empty(4, 8, SECRET).encode(b"other volume    ")
+    view = fmt.encode_view(fmt.View.empty(4, 8, secret=SECRET), b"other volume    ")
     for at in range(16):
         lun.blocks[fmt.VIEW_ADDRESSES[0] + at] = bytes(view[at * 4096 : at * 4096 + 4096])
 

@@ -17,6 +17,9 @@ VOLUME = bytes(range(16))
 _geometry = Geometry.for_lun(1 << 30, 4)
 _superblock = fmt.Superblock(VOLUME, _geometry, 1, "label", b"\x01\x02")
 _identity = fmt.Identity(3, 2, 0, 4, bytes(16), bytes(16), "node", ("[::1]:1",), b"certificate")
+_join = fmt.JoinRequest(
+    2, 5, 1, "node", bytes(16), bytes(16), fmt.certificate_fingerprint(b"x"), ("[::1]:1",), b"x"
+)
 _slot = fmt.SlotBlock(2, _identity, (fmt.Session(fmt.SessionKind.DATA, 1, 5, "iqn.x:y", 6),))
 _view = fmt.View(4, 9, (fmt.ViewSlot(1, fmt.SlotState.ACTIVE, node_name="node"),) * 4)
 _group = fmt.GroupHeader.fresh(0, _geometry.group_first_unit(0), _geometry.group_units(0))
@@ -24,17 +27,17 @@ _group = fmt.GroupHeader.fresh(0, _geometry.group_first_unit(0), _geometry.group
 Decode = Callable[[bytearray], object]
 _DECODERS: dict[str, tuple[int, bytearray, Decode]] = {
     "superblock": (0, _superblock.encode(0), fmt.Superblock.decode),
-    "view": (16, _view.encode(VOLUME), lambda b: fmt.View.decode(b, 16, VOLUME)),
+    "view": (16, fmt.encode_view(_view, VOLUME), lambda b: fmt.decode_view(b, 16, VOLUME)),
     "slot": (50, _slot.encode(VOLUME, 50, 1), lambda b: fmt.SlotBlock.decode(b, 50, VOLUME, 2)),
     "heartbeat": (
         114,
-        fmt.Heartbeat(2, 1, 5).encode(VOLUME, 114),
-        lambda b: fmt.Heartbeat.decode(b, 114, VOLUME, 2),
+        fmt.encode_heartbeat(fmt.Heartbeat(2, 1, 5, 1, 0), VOLUME, 114),
+        lambda b: fmt.decode_heartbeat(b, 114, VOLUME, 2),
     ),
     "join": (
         178,
-        fmt.JoinBlock(2, _identity).encode(VOLUME, 178, 1),
-        lambda b: fmt.JoinBlock.decode(b, 178, VOLUME, 2),
+        fmt.encode_join(_join, VOLUME, 178),
+        lambda b: fmt.decode_join(b, 178, VOLUME, 2),
     ),
     "journal header": (
         400,
@@ -159,8 +162,27 @@ def test_too_long_texts_are_refused() -> None:
     with pytest.raises(ValueError, match="label"):
         replace(_superblock, label="x" * 65).encode(0)
     with pytest.raises(ValueError, match="node name"):
-        replace(_view, slots=(fmt.ViewSlot(node_name="é" * 33),)).encode(VOLUME)
+        fmt.encode_view(replace(_view, slots=(fmt.ViewSlot(node_name="é" * 33),)), VOLUME)
+    for addresses, words in (
+        (("a:1",) * 6, "6 addresses: at most 5"),
+        (("",), "empty address"),
+        (("a" * 63 + ":1",), "longer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fmt.encode_view(replace(_view, slots=(fmt.ViewSlot(addresses=addresses),)), VOLUME)
+        with pytest.raises(ValueError, match=words):
+            fmt.encode_join(replace(_join, addresses=addresses), VOLUME, 178)
     with pytest.raises(ValueError, match="initiator name"):
         replace(_slot, sessions=(fmt.Session(fmt.SessionKind.DATA, 1, 1, "i" * 224, 1),)).encode(
             VOLUME, 50, 1
         )
+
+
+def test_a_join_block_cannot_claim_the_fingerprint_of_another() -> None:
+    with pytest.raises(ValueError, match="not that of the certificate"):
+        fmt.encode_join(replace(_join, fingerprint=b"F" * 32), VOLUME, 178)
+
+
+def test_a_lock_epoch_beyond_the_epoch_is_damage() -> None:
+    with pytest.raises(BadBlock, match="lock epoch 5 in epoch 4"):
+        fmt.decode_view(fmt.encode_view(replace(_view, lock_epoch=5), VOLUME), 16, VOLUME)

@@ -20,6 +20,7 @@ _TABLES = {
     "view": (fmt.VIEW_FIELDS, fmt.HEADER_BYTES),
     "view slot": (fmt.VIEW_SLOT, 0),
     "identity": (fmt.IDENTITY_FIELDS, fmt.HEADER_BYTES),
+    "join": (fmt.JOIN_SEQUENCE, fmt.JOIN_SEQUENCE_OFFSET),
     "session": (fmt.SESSION, 0),
     "heartbeat": (fmt.HEARTBEAT_FIELDS, fmt.HEADER_BYTES),
     "journal header": (fmt.JOURNAL_FIELDS, fmt.HEADER_BYTES),

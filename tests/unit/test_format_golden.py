@@ -20,6 +20,17 @@ _identity = fmt.Identity(
     addresses=("192.0.2.1:7001", "[2001:db8::1]:7001"),
     certificate=b"\x30\x82certificate",
 )
+_join = fmt.JoinRequest(
+    slot=2,
+    key=0xC5F5_FF_0102030405,
+    sequence=41,
+    node_name="alpha",
+    machine_id=bytes(range(0x10, 0x20)),
+    boot_id=bytes(range(0x20, 0x30)),
+    fingerprint=fmt.certificate_fingerprint(b"\x30\x82certificate"),
+    addresses=("192.0.2.1:7001", "[2001:db8::1]:7001"),
+    certificate=b"\x30\x82certificate",
+)
 
 
 def _superblock() -> bytearray:
@@ -44,12 +55,21 @@ def _view() -> bytearray:
     slots = [fmt.ViewSlot()] * 16
     host = (bytes(range(0x10, 0x20)), bytes(range(0x20, 0x30)))
     slots[2] = fmt.ViewSlot(
-        7, fmt.SlotState.ACTIVE, fmt.NOBODY, b"F" * 32, "alpha", 99, fmt.ViewSlotFlag.NONE, *host
+        7,
+        fmt.SlotState.ACTIVE,
+        fmt.NOBODY,
+        b"F" * 32,
+        "alpha",
+        99,
+        fmt.ViewSlotFlag.NONE,
+        *host,
+        ("192.0.2.1:7001", "[2001:db8::1]:7001"),
     )
     slots[15] = fmt.ViewSlot(
         8, fmt.SlotState.NEEDS_REPLAY, 2, bytes(32), "omega", 98, fmt.ViewSlotFlag.JOURNAL_USED
     )
-    return fmt.View(9, 0xC5F5_02_000007_0001, tuple(slots), b"S" * 32, 97).encode(VOLUME)
+    view = fmt.View(9, 0xC5F5_02_000007_0001, tuple(slots), b"S" * 32, 97, 8)
+    return fmt.encode_view(view, VOLUME)
 
 
 def _slot() -> bytearray:
@@ -62,7 +82,7 @@ def _slot() -> bytearray:
 
 def _heartbeat() -> bytearray:
     flags = fmt.HeartbeatFlag.HAS_DIRECT_PATH
-    return fmt.Heartbeat(2, 7, 41, 9, 5_000_000_000, 0b1011, flags).encode(VOLUME, 114)
+    return fmt.encode_heartbeat(fmt.Heartbeat(2, 7, 41, 9, 0b1011, flags), VOLUME, 114)
 
 
 def _record() -> bytearray:
@@ -123,7 +143,7 @@ _SAMPLES = {
     "view": _view(),
     "slot": _slot(),
     "heartbeat": _heartbeat(),
-    "join": fmt.JoinBlock(2, _identity).encode(VOLUME, 178, 6),
+    "join": fmt.encode_join(_join, VOLUME, 178),
     "journal header": fmt.JournalHeader(2, 7, 41, 1000).encode(VOLUME, 400, 15),
     "record": _record(),
     "group header": _group(),
@@ -161,13 +181,14 @@ _GOLDEN = {
 0160 f0123456 789abcde f0120000 00000000
 """,
     "view": """
-0000 43535642 02000000 ace761d8 00000000
+0000 43535642 10000000 03e79928 00000000
 0010 00112233 44556677 8899aabb ccddeeff
 0020 20000000 00000000 09000000 00000000
 0040 09000000 00000000 01000700 0002f5c5
 0050 61000000 00000000 10000000 00000000
 0060 53535353 53535353 53535353 53535353
 0070 53535353 53535353 53535353 53535353
+0080 08000000 00000000 00000000 00000000
 0200 00000000 00ff0000 00000000 00000000
 0400 00000000 00ff0000 00000000 00000000
 0600 07000000 02ff0000 00000000 00000000
@@ -176,7 +197,10 @@ _GOLDEN = {
 0630 46464646 46464646 616c7068 61000000
 0670 00000000 00000000 10111213 14151617
 0680 18191a1b 1c1d1e1f 20212223 24252627
-0690 28292a2b 2c2d2e2f 00000000 00000000
+0690 28292a2b 2c2d2e2f 3139322e 302e322e
+06a0 313a3730 30310000 00000000 00000000
+06d0 00000000 00000000 5b323030 313a6462
+06e0 383a3a31 5d3a3730 30310000 00000000
 0800 00000000 00ff0000 00000000 00000000
 0a00 00000000 00ff0000 00000000 00000000
 0c00 00000000 00ff0000 00000000 00000000
@@ -218,23 +242,23 @@ _GOLDEN = {
 08f0 3a626574 61000000 00000000 00000000
 """,
     "heartbeat": """
-0000 43535642 04000000 27f998b4 00000000
+0000 43535642 04000000 f53b065b 00000000
 0010 00112233 44556677 8899aabb ccddeeff
 0020 72000000 00000000 2a000000 00000000
 0030 02000000 00000000 00000000 00000000
 0040 07000000 02000000 29000000 00000000
-0050 09000000 00000000 00f2052a 01000000
-0060 0b000000 00000000 00000000 00000000
+0050 09000000 00000000 0b000000 00000000
 """,
     "join": """
-0000 43535642 05000000 1d6eda3e 00000000
+0000 43535642 05000000 4a3cc59c 00000000
 0010 00112233 44556677 8899aabb ccddeeff
-0020 b2000000 00000000 06000000 00000000
+0020 b2000000 00000000 2a000000 00000000
 0030 02000000 00000000 00000000 00000000
-0040 03020100 04000000 04000302 0102f5c5
-0050 01002a36 fe9c9717 10111213 14151617
+0040 00000000 00000000 05040302 01fff5c5
+0050 00000000 00000000 10111213 14151617
 0060 18191a1b 1c1d1e1f 20212223 24252627
 0070 28292a2b 2c2d2e2f 616c7068 61000000
+00b0 00000000 00000000 29000000 00000000
 0100 3139322e 302e322e 313a3730 30310000
 0140 5b323030 313a6462 383a3a31 5d3a3730
 0150 30310000 00000000 00000000 00000000

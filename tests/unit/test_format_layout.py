@@ -19,7 +19,7 @@ VIEW = fmt.View(4, 9, (fmt.ViewSlot(1, fmt.SlotState.ACTIVE, node_name="node"),)
 def _view_copies(*epochs: int) -> list[bytearray]:
     copies = [bytearray(fmt.VIEW_BYTES), bytearray(fmt.VIEW_BYTES)]
     for epoch in epochs:
-        copies[epoch % 2] = replace(VIEW, epoch=epoch).encode(VOLUME)
+        copies[epoch % 2] = fmt.encode_view(replace(VIEW, epoch=epoch), VOLUME)
     return copies
 
 
@@ -33,7 +33,7 @@ def test_the_valid_copy_of_the_higher_epoch_is_the_view(
 @given(st.integers(1, fmt.VIEW_BYTES // 512 - 1))
 def test_a_torn_view_leaves_the_one_before_it(sectors: int) -> None:
     copies = _view_copies(3, 4)
-    new = replace(VIEW, epoch=5, holder_key=77, written_ns=5).encode(VOLUME)
+    new = fmt.encode_view(replace(VIEW, epoch=5, holder_key=77, written_ns=5), VOLUME)
     copies[1][: sectors * 512] = new[: sectors * 512]
     expected = 5 if copies[1] == new else 4
     assert fmt.newest_view(copies, VOLUME).epoch == expected
@@ -48,9 +48,9 @@ def test_no_valid_copy_is_a_clear_error() -> None:
 
 
 def test_a_view_in_the_wrong_place_is_no_view() -> None:
-    block = replace(VIEW, epoch=3).encode(VOLUME)
+    block = fmt.encode_view(replace(VIEW, epoch=3), VOLUME)
     with pytest.raises(BadBlock):
-        fmt.View.decode(block, 16, VOLUME)
+        fmt.decode_view(block, 16, VOLUME)
 
 
 # -- geometry ------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ def blobs(size_bytes: int) -> st.SearchStrategy[bytes]:
     return st.binary(min_size=size_bytes, max_size=size_bytes)
 
 
+addresses = st.lists(texts(fmt.ADDRESS_BYTES, empty=False), max_size=fmt.MAX_ADDRESSES).map(tuple)
+certificates = st.binary(max_size=fmt.MAX_CERTIFICATE_BYTES)
 geometries = st.builds(
     Geometry.for_lun,
     st.integers(fmt.MIN_LUN_BYTES, 1 << 46),
@@ -60,14 +62,16 @@ view_slots = st.builds(
     flags=st.integers(0, 1).map(fmt.ViewSlotFlag),
     machine_id=blobs(16),
     boot_id=blobs(16),
+    addresses=addresses,
 )
 views = st.builds(
     fmt.View,
-    epoch=versions,
+    epoch=st.integers(8, fmt.VERSION_LIMIT - 1),
     holder_key=u64,
     slots=st.lists(view_slots, min_size=1, max_size=6).map(tuple),
     secret=blobs(fmt.SECRET_BYTES),
     written_ns=times,
+    lock_epoch=st.integers(0, 8),
 )
 identities = st.builds(
     fmt.Identity,
@@ -78,10 +82,8 @@ identities = st.builds(
     machine_id=blobs(16),
     boot_id=blobs(16),
     node_name=texts(fmt.NODE_NAME_BYTES),
-    addresses=st.lists(texts(fmt.ADDRESS_BYTES, empty=False), max_size=fmt.MAX_ADDRESSES).map(
-        tuple
-    ),
-    certificate=st.binary(max_size=fmt.MAX_CERTIFICATE_BYTES),
+    addresses=addresses,
+    certificate=certificates,
 )
 sessions = st.builds(
     fmt.Session,
@@ -106,10 +108,25 @@ heartbeats = st.builds(
     incarnation=u32,
     sequence=st.integers(0, fmt.VERSION_LIMIT - 2),
     epoch=u64,
-    sent_ns=times,
     hears=u64,
     flags=st.integers(0, 3).map(fmt.HeartbeatFlag),
 )
+
+
+@st.composite
+def join_requests(draw: st.DrawFn) -> fmt.JoinRequest:
+    certificate = draw(certificates)
+    return fmt.JoinRequest(
+        slot=draw(slot_numbers),
+        key=draw(u64),
+        sequence=draw(st.integers(0, fmt.VERSION_LIMIT - 2)),
+        node_name=draw(texts(fmt.NODE_NAME_BYTES)),
+        machine_id=draw(blobs(16)),
+        boot_id=draw(blobs(16)),
+        fingerprint=fmt.certificate_fingerprint(certificate),
+        addresses=draw(addresses),
+        certificate=certificate,
+    )
 
 
 @given(superblocks, versions)
@@ -122,7 +139,8 @@ def test_superblock(superblock: fmt.Superblock, version: int) -> None:
 
 @given(views)
 def test_view(view: fmt.View) -> None:
-    assert fmt.View.decode(view.encode(VOLUME), view.address, VOLUME) == view
+    address = fmt.view_address(view.epoch)
+    assert fmt.decode_view(fmt.encode_view(view, VOLUME), address, VOLUME) == view
 
 
 @given(slot_blocks, versions, u32)
@@ -133,15 +151,15 @@ def test_slot_block(block: fmt.SlotBlock, version: int, address: int) -> None:
 
 @given(heartbeats, u32)
 def test_heartbeat(heartbeat: fmt.Heartbeat, address: int) -> None:
-    encoded = heartbeat.encode(VOLUME, address)
-    assert fmt.Heartbeat.decode(encoded, address, VOLUME, heartbeat.slot) == heartbeat
+    encoded = fmt.encode_heartbeat(heartbeat, VOLUME, address)
+    assert fmt.decode_heartbeat(encoded, address, VOLUME, heartbeat.slot) == heartbeat
 
 
-@given(slot_numbers, identities, versions, u32)
-def test_join_block(slot: int, identity: fmt.Identity, version: int, address: int) -> None:
-    block = fmt.JoinBlock(slot, identity)
-    encoded = block.encode(VOLUME, address, version)
-    assert fmt.JoinBlock.decode(encoded, address, VOLUME, slot) == (block, version)
+@given(join_requests(), u32)
+def test_join_block(request: fmt.JoinRequest, address: int) -> None:
+    encoded = fmt.encode_join(request, VOLUME, address)
+    assert fmt.decode_join(encoded, address, VOLUME, request.slot) == request
+    assert fmt.block_version(encoded) == request.sequence + 1
 
 
 @given(slot_numbers, u32, u64, u32, u32, versions)

@@ -120,7 +120,7 @@ def standing(*keys: int, holder: int = 0) -> Standing:
     return Standing(RegisteredKeys(3, keys), Reservation(3, holder, held))
 
 
-EMPTY = replace(fmt.View.empty(2, 3, bytes(32)), holder_key=PARKED)
+EMPTY = replace(fmt.View.empty(2, 3, secret=bytes(32)), holder_key=PARKED)
 LISTED = EMPTY.with_slot(0, fmt.ViewSlot(7, fmt.SlotState.ACTIVE, node_name="omega"))
 
 

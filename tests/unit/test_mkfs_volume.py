@@ -65,7 +65,7 @@ def assert_complete(blocks: Blocks, superblock: Superblock) -> None:
         b"".join(block_at(blocks, address + n) for n in range(16)) for address in fmt.VIEW_ADDRESSES
     ]
     views = [
-        fmt.View.decode(copy, at, volume_id)
+        fmt.decode_view(copy, at, volume_id)
         for copy, at in zip(copies, fmt.VIEW_ADDRESSES, strict=True)
     ]
     assert [view.epoch for view in views] == [2, 1]

@@ -144,7 +144,7 @@ async def test_a_view_that_is_being_written_is_not_called_damaged(
 ) -> None:
     lun = await formatted(parked=True)
     claim = await Node().claim(lun)
-    address = claim.view.address
+    address = fmt.view_address(claim.view.epoch)
     whole, lun.blocks[address] = lun.blocks[address], bytes(4096)
     async with trio.open_nursery() as nursery:
 

@@ -73,7 +73,7 @@ SUPERBLOCK = Superblock(
     GOOD_PROBE,
 )
 MEMBER = ViewSlot(7, SlotState.ACTIVE, node_name="alpha")
-EMPTY = View.empty(4, 8, bytes(32), holder_key=CONTROL).with_slot(
+EMPTY = View.empty(4, 8, holder_key=CONTROL).with_slot(
     1, ViewSlot(7, SlotState.FREE, node_name="alpha")
 )
 MOUNTED = replace(EMPTY.with_slot(1, MEMBER), epoch=9)
