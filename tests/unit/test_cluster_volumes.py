@@ -1,0 +1,116 @@
+"""Several nodes on one volume: what one does the others see, and nothing is lost between them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from random import Random
+
+import pytest
+import trio
+
+from csvfs.errors import NotFound
+from tests.cluster_volumes import NodeDied, cluster_volumes
+from tests.simulated_volume import RDWR, ROOT, UNIT, create, mkdir, names
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+
+async def test_what_one_node_makes_all_others_see() -> None:
+    async with cluster_volumes(3) as cluster:
+        one, two, three = cluster.nodes
+        handle = await create(one.volume, b"f")
+        await one.volume.write(handle, 0, b"x" * 5000)
+        for node in (two, three):
+            found = await node.volume.lookup(ROOT, b"f")
+            node.volume.remember(found.ino, 1)
+            assert found.size == 5000 * node.slot
+            theirs = await node.volume.open(found.ino, RDWR, 0)
+            assert bytes(await node.volume.read(theirs, 0, 5000)) == b"x" * 5000
+            await node.volume.write(theirs, 5000 * node.slot, b"y" * 5000)
+            await node.volume.release(theirs)
+        content = bytes(await one.volume.read(handle, 0, 99999))
+        assert content == b"x" * 5000 + b"y" * 10000
+        await one.volume.release(handle)
+
+
+async def test_a_node_that_dies_leaves_what_it_had_synced() -> None:
+    async with cluster_volumes(2) as cluster:
+        one, two = cluster.nodes
+        handle = await create(one.volume, b"f")
+        await one.volume.write(handle, 0, b"x" * UNIT)
+        await one.volume.fsync(handle.ino, False)
+        await cluster.kill(one)
+        found = await two.volume.lookup(ROOT, b"f")
+        theirs = await two.volume.open(found.ino, os.O_RDONLY, 0)
+        assert bytes(await two.volume.read(theirs, 0, UNIT)) == b"x" * UNIT
+        await two.volume.release(theirs)
+        again = await cluster.join(one.slot)
+        assert again.incarnation == 2
+        assert b"f" in await names(again.volume)
+
+
+async def test_calls_of_a_node_that_dies_end() -> None:
+    async with cluster_volumes(2) as cluster:
+        one, two = cluster.nodes
+        async with trio.open_nursery() as nursery:
+
+            async def make_directories() -> None:
+                for number in itertools.count():
+                    await one.call(one.volume.mkdir, ROOT, b"%d" % number, 0o755, 0, 0)
+
+            async def work() -> None:
+                with pytest.raises(NodeDied):
+                    await make_directories()
+
+            nursery.start_soon(work)
+            await trio.sleep(0.05)
+            await cluster.kill(one)
+        assert len(await names(two.volume)) > 2
+
+
+async def test_directories_of_one_are_listed_by_another_while_names_come_and_go() -> None:
+    async with cluster_volumes(2) as cluster:
+        one, two = cluster.nodes
+        directory = await mkdir(one.volume, b"d")
+        stay = [b"stay%d" % i for i in range(40)]
+        for name in stay:
+            await mkdir(one.volume, name, parent=directory.ino)
+        rng = Random(1)
+        done = False
+
+        async def churn() -> None:
+            there: list[bytes] = []
+            number = 0
+            while not done:
+                if there and rng.random() < 0.5:
+                    name = there.pop(rng.randrange(len(there)))
+                    await one.volume.rmdir(directory.ino, name)
+                else:
+                    number += 1
+                    there.append(b"come%d" % number)
+                    await one.volume.mkdir(directory.ino, there[-1], 0o755, 0, 0)
+                await trio.sleep(0.001)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(churn)
+            for _ in range(5):
+                found = await names(two.volume, directory.ino)
+                assert [name for name in found if name.startswith(b"stay")].count(b"stay1") == 1
+                assert set(stay) <= set(found) and len(found) == len(set(found))
+            done = True
+
+
+async def test_what_another_node_removed_is_gone_here() -> None:
+    async with cluster_volumes(2) as cluster:
+        one, two = cluster.nodes
+        handle = await create(one.volume, b"f")
+        await one.volume.release(handle)
+        found = await two.volume.lookup(ROOT, b"f")
+        two.volume.remember(found.ino, 1)
+        await one.volume.unlink(ROOT, b"f")
+        await one.volume.forget(handle.ino, 1)
+        with pytest.raises(NotFound):
+            await two.volume.lookup(ROOT, b"f")
+        with pytest.raises(NotFound):
+            await two.volume.getattr(found.ino)
