@@ -44,6 +44,14 @@ def facts(pairs: Sequence[tuple[str, str]]) -> None:
         say(f"{name + ':':<{width + 1}} {value}")
 
 
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they must be; the same on a terminal and in a pipe."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for row in (titles, *rows):
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        say("  ".join(cells).rstrip())
+
+
 def size_text(size_bytes: int) -> str:
     """In the largest binary unit that leaves a number of at least 1."""
     for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
