@@ -1,22 +1,28 @@
-"""Deadlocks across nodes: who waits for whom, cycles, and which wait is given up for one.
+"""Deadlocks across nodes: who waits for whom, and which wait is given up so that others go on.
 
 Theory. Somebody whose claim has waited for ``deadlock_after_s`` makes its node tell the coordinator
 (`Suspicion`). That asks every member who waits for whom (`AskWaits`, `Waits`), twice, and puts the
-answers together. A wait depends on
+answers together (`lockmgr.deadlock_graph`). A wait depends on
 
     a holder            a claim in a mode that excludes it; if its owner waits itself: on that wait
-    another wait        one before it in a queue, here or at the master, that it may not overtake
+    another wait        one before it in a queue of this node that it may not overtake
+    a request           that of its node to the master, whichever claim it was made for: a node has
+                        one at a time. A request depends on holders, and on requests before it
 
-It needs all of these to end (the AND model), so a cycle of waits is a deadlock, and it stays one
-until somebody gives way. Answers of one round are of different moments, and may show a cycle that
-never was. But each wait has a number that is never used again, and an owner awaits one claim at a
-time and releases nothing meanwhile. So a cycle that both rounds show stood, as a whole, at the
-moment between them. (Two rounds that only compare who waits for whom do not prove that; Knapp,
-"Deadlock Detection in Distributed Databases", ACM Computing Surveys 1987.) A timeout or a
-cancellation may still overtake the verdict; then a wait is denied that could have had its turn.
+It needs all of these to end. Only a claim that a demotion keeps out while its node's request is on
+its way needs the request and *one* of two: that the demotion goes on, or that there is room once
+the request is granted, for a grant ends the reason of the demotion.
 
-The victim is the youngest wait of a cycle by (age, node, number); shortest cycles first, until none
-is left. Its task gets `lockmgr.errors.LockDeadlock` and releases what it holds.
+What is deadlocked stays so until somebody gives way. Answers of one round are of different moments,
+and may show a deadlock that never was. But each wait has a number that is never used again, and an
+owner awaits one claim at a time and releases nothing meanwhile. So what both rounds show stood, as
+a whole, at the moment between them. (Two rounds that only compare who waits for whom do not prove
+that; Knapp, "Deadlock Detection in Distributed Databases", ACM Computing Surveys 1987.) A timeout
+or a cancellation may still overtake the verdict; then a wait is denied that could have had its
+turn. So may a request that nobody knew of, and that makes a demotion begin (`NodeLock.passable`).
+
+The victim is the youngest wait of a cycle by (age, node, number). Its task gets
+`lockmgr.errors.LockDeadlock` and releases what it holds.
 
 Suspicion comes again, at growing intervals, as long as such a wait lasts: an edge may be formed
 without a new wait. Nobody suspects who holds nothing: claims without owner, unless they convert.
@@ -27,10 +33,11 @@ invariants:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
 
 from lockmgr.claim import Claim, ClaimState, NodeLock, Obstacle, Phase
+from lockmgr.deadlock_graph import Graph, common, deadlocked, needs, victims
 from lockmgr.events import Effect, Send
 from lockmgr.messages import (
     AskWaits,
@@ -51,16 +58,11 @@ LONGEST_INTERVAL = 16
 """How many times ``deadlock_after_s`` a suspicion that came to nothing is kept back at most."""
 
 HOLDER_LIMIT = 80
-WAITS_TOLD = 64
 CLAIMS_PER_ANSWER = 500
 OWNERS_PER_CLAIM = 64
 AHEAD_PER_CLAIM = 8
 """What an answer has at most. Edges that are left out hide a cycle and make none; whoever is behind
 many is behind the last of them, who are behind the others."""
-
-Wait = tuple[int, int]
-"""(node, number)"""
-Edges = dict[Wait, frozenset[Wait]]
 
 
 class Search:
@@ -78,7 +80,7 @@ class Search:
         self._owner = 0
         self._round = 0
         self._answers: dict[int, Waits] = {}
-        self._first: Edges | None = None
+        self._first: Graph | None = None
         self._searching = False
         self._again = False
 
@@ -167,16 +169,16 @@ class Search:
         self._answers[answer.node] = answer
         if not self._answers.keys() >= set(self._recovery.members):
             return []
-        edges = dependencies(self._answers.values())
-        if self._first is None and shortest_cycle(edges) is not None:
-            self._first = edges
+        graph = needs(self._answers.values())
+        if self._first is None and deadlocked(graph):
+            self._first = graph
             return self._ask()
         self._searching = False
         out: list[Effect] = []
         if self._first is not None:
-            for wait, words in victims(common(self._first, edges), self._answers.values()):
-                epoch = self._recovery.epoch
-                out.append(Send(wait[0], Victim(epoch, wait[0], wait[1], words)))
+            epoch = self._recovery.epoch
+            for wait, words in victims(common(self._first, graph), self._answers.values()):
+                out.append(Send(wait.node, Victim(epoch, wait.node, wait.number, words)))
         return out + (self._begin() if self._again else [])
 
     # -- what this node knows --------------------------------------------------------------
@@ -187,7 +189,7 @@ class Search:
         for lock in self._locks.locks.values():
             queued = list(lock.queued)
             for position, claim in enumerate(queued):
-                waits_for, behind, request = _obstacles(lock, claim, queued[:position])
+                obstacles = _obstacles(lock, claim, queued[:position])
                 waiting.append(
                     WaitingClaim(
                         claim.wait,
@@ -197,15 +199,17 @@ class Search:
                         f"wants {claim.wanted_mode} of {lock.resource.name!r}",
                         lock.resource.name,
                         max(0.0, now - claim.since),
-                        tuple(self._number(o, before) for o in waits_for[:OWNERS_PER_CLAIM]),
-                        tuple(other.wait for other in behind[-AHEAD_PER_CLAIM:]),
-                        request,
+                        self._numbers(obstacles.holders, before),
+                        tuple(other.wait for other in obstacles.behind[-AHEAD_PER_CLAIM:]),
+                        obstacles.request,
+                        self._numbers(obstacles.instead, before),
                     )
                 )
             if lock.held is not None and not COMPATIBLE[lock.held][lock.wanted]:
                 for claim in lock.claims:
                     owner = self._number(claim, before)
-                    holding.append(HoldingClaim(lock.resource.name, owner, claim.mode))
+                    drained = lock.phase is not Phase.HELD and not COVERS[lock.target][claim.mode]
+                    holding.append(HoldingClaim(lock.resource.name, owner, claim.mode, drained))
         queued_here = [
             request
             for mastered in self._recovery.master.resources.values()
@@ -220,6 +224,9 @@ class Search:
             tuple(holding[:CLAIMS_PER_ANSWER]),
             tuple(queued_here[:CLAIMS_PER_ANSWER]),
         )
+
+    def _numbers(self, claims: list[Claim], before: dict[Hashable, int]) -> tuple[int, ...]:
+        return tuple(self._number(claim, before) for claim in claims[:OWNERS_PER_CLAIM])
 
     def _number(self, claim: Claim, before: dict[Hashable, int]) -> int:
         owner: Hashable = claim if claim.owner is None else claim.owner
@@ -236,24 +243,35 @@ def _may_be_in_a_cycle(claim: Claim) -> bool:
     return claim.state is ClaimState.WAITING and claim.queue and claim.owner is not None
 
 
-def _obstacles(
-    lock: NodeLock, claim: Claim, ahead: list[Claim]
-) -> tuple[list[Claim], list[Claim], int]:
-    """Claims of this node whose release ``claim`` awaits, waits that must end before its own, and
-    the request to the master on which it depends (0: none).
-    """
-    obstacle = lock.obstacle(claim)
-    if obstacle is Obstacle.GATE:
-        if lock.phase is Phase.DRAINING or (lock.drain and not lock.drained):
-            above = [other for other in lock.claims if not COVERS[lock.target][other.mode]]
-            return above, [], 0
-        return [], [], 0  # the owner works: nothing is known that it waits for
-    beside = [] if lock.fits_here(claim) else [o for o in lock.claims if _exclude(claim, o)]
-    held_up = [other for other in ahead if _holds_up(lock, other, claim)]
-    if claim.state is ClaimState.CONVERTING and lock.has_turn(claim):
-        held_up = []
-    asks = lock.asked is not None and lock.asked_for is claim and not lock.cancelled
-    return beside, held_up, lock.serial if asks else 0
+@dataclass(slots=True)
+class _Obstacles:
+    """What a claim awaits, as `lockmgr.messages.WaitingClaim` says it."""
+
+    holders: list[Claim] = field(default_factory=list)
+    behind: list[Claim] = field(default_factory=list)
+    request: int = 0
+    instead: list[Claim] = field(default_factory=list)
+
+
+def _obstacles(lock: NodeLock, claim: Claim, ahead: list[Claim]) -> _Obstacles:
+    enough = lock.held is not None and COVERS[lock.held][claim.wanted_mode]
+    asked = lock.asked is not None and not lock.cancelled and not enough
+    found = _Obstacles(request=lock.serial if asked else 0)
+    above: list[Claim] = []
+    if lock.obstacle(claim) is Obstacle.GATE:
+        draining = lock.phase is Phase.DRAINING
+        if not draining and (not lock.drain or lock.drained):
+            return _Obstacles()  # the owner works: nothing is known that it waits for
+        above = [other for other in lock.claims if not COVERS[lock.target][other.mode]]
+        if not (draining and asked):
+            found.holders = above
+            return found
+        found.instead = above
+    if not lock.fits_here(claim):
+        found.holders = [other for other in lock.claims if _exclude(claim, other)]
+    if claim.state is not ClaimState.CONVERTING or not lock.has_turn(claim):
+        found.behind = [other for other in ahead if _holds_up(lock, other, claim)]
+    return found
 
 
 def _holds_up(lock: NodeLock, ahead: Claim, claim: Claim) -> bool:
@@ -286,84 +304,3 @@ def _before(mastered: MasteredResource, queued: Queued) -> list[Queued]:
     ahead = mastered.converting[: mastered.converting.index(queued)]
     held = COMPATIBLE[mastered.granted[queued.node]]
     return [] if any(not held[other.mode] for other in ahead) else ahead
-
-
-# -- the graph -------------------------------------------------------------------------------
-def dependencies(answers: Iterable[Waits]) -> Edges:
-    """Which waits must end before each wait can."""
-    answers = list(answers)
-    waits_of: dict[tuple[int, int], list[Wait]] = {}
-    asked: dict[tuple[bytes, int, int], list[Wait]] = {}
-    for answer in answers:
-        for claim in answer.waiting:
-            wait = (answer.node, claim.wait)
-            waits_of.setdefault((answer.node, claim.owner), []).append(wait)
-            if claim.request:
-                asked.setdefault((claim.resource, answer.node, claim.request), []).append(wait)
-    edges: dict[Wait, set[Wait]] = {}
-    for answer in answers:
-        for claim in answer.waiting:
-            ends = edges.setdefault((answer.node, claim.wait), set())
-            ends.update((answer.node, number) for number in claim.behind)
-            for owner in claim.holders:
-                ends.update(waits_of.get((answer.node, owner), ()))
-    holding = {
-        (claim.resource, answer.node): [
-            other for other in answer.holding if other.resource == claim.resource
-        ]
-        for answer in answers
-        for claim in answer.holding
-    }
-    for answer in answers:
-        for request in answer.queued:
-            ends = set()
-            for node, serial in request.behind:
-                ends.update(asked.get((request.resource, node, serial), ()))
-            for node in request.holders:
-                for held in holding.get((request.resource, node), ()):
-                    if not COMPATIBLE[request.mode][held.mode]:
-                        ends.update(waits_of.get((node, held.owner), ()))
-            for wait in asked.get((request.resource, request.waiter, request.serial), ()):
-                edges[wait] |= ends
-    return {wait: frozenset(ends - {wait}) for wait, ends in edges.items()}
-
-
-def common(first: Edges, second: Edges) -> Edges:
-    """What both rounds show."""
-    return {wait: ends & first[wait] for wait, ends in second.items() if wait in first}
-
-
-def shortest_cycle(edges: Edges) -> list[Wait] | None:
-    """The waits of a shortest cycle in order, beginning with the lowest; None: there is none."""
-    best: list[Wait] | None = None
-    for start in sorted(edges):
-        before: dict[Wait, Wait] = {}
-        queue = deque([start])
-        while queue and start not in before:
-            wait = queue.popleft()
-            for end in sorted(edges.get(wait, ())):
-                if end not in before:
-                    before[end] = wait
-                    queue.append(end)
-        if start not in before:
-            continue
-        cycle = [before[start]]
-        while cycle[-1] != start:
-            cycle.append(before[cycle[-1]])
-        cycle.reverse()
-        if best is None or len(cycle) < len(best):
-            best = cycle
-    return best
-
-
-def victims(edges: Edges, answers: Iterable[Waits]) -> list[tuple[Wait, str]]:
-    """Waits to be denied so that no cycle is left, each with its cycle in words."""
-    claims = {(answer.node, claim.wait): claim for answer in answers for claim in answer.waiting}
-    chosen: list[tuple[Wait, str]] = []
-    while (cycle := shortest_cycle(edges)) is not None:
-        victim = min(cycle, key=lambda wait: (claims[wait].age_s, wait))
-        at = cycle.index(victim)
-        said = [claims[wait].words for wait in (cycle[at:] + cycle[:at])[:WAITS_TOLD]]
-        chosen.append((victim, "; waits for ".join([*said, said[0]])))
-        edges = {wait: ends - {victim} for wait, ends in edges.items() if wait != victim}
-    return chosen

@@ -272,9 +272,9 @@ class AskWaits(RecoveryMessage):
 class WaitingClaim:
     """A claim that waits; ``wait`` is never used again by its node. ``owner`` numbers the owner.
 
-    ``holders``: owners of this node that hold what excludes it. ``behind``: waits of this node that
-    are before it. ``request``: the serial of the node's request to the master on which it depends,
-    0: none.
+    It needs that the request to the master with the serial ``request`` is answered (0: none); and
+    that the owners ``holders`` of this node release what excludes it and the waits ``behind`` of
+    this node, which are before it, end; or, if there are any, that the owners ``instead`` do.
     """
 
     wait: int
@@ -285,15 +285,21 @@ class WaitingClaim:
     holders: tuple[int, ...]
     behind: tuple[int, ...]
     request: int
+    instead: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class HoldingClaim:
-    """An owner that holds ``mode`` of ``resource``, though others want what excludes it."""
+    """An owner that holds ``mode`` of ``resource``, though others want what excludes it.
+
+    ``drained``: the node lowers its lock in one step, for all who want it to, and not before this
+    owner has released; so those whom ``mode`` would leave room wait for it too.
+    """
 
     resource: bytes
     owner: int
     mode: Mode
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
