@@ -93,10 +93,9 @@ def size_bytes(message: Carried | Skipped) -> int:
 
 
 class Channel:
-    """Both directions between this node and ``peer`` (for messages to people)."""
+    """Both directions between this node and one incarnation of another."""
 
-    def __init__(self, peer: object) -> None:
-        self.peer = peer
+    def __init__(self) -> None:
         self.sent = 0
         """Messages that the channel has taken."""
         self.confirmed = 0

@@ -113,6 +113,11 @@ class LockManager:
         self._closed = False
         nursery.start_soon(self._tick, name="lockmgr timer")
 
+    @property
+    def node(self) -> int:
+        """The number of this node (`lockmgr.mastering.node_number`)."""
+        return self.core.node
+
     def register_owner(self, prefix: bytes, owner: ResourceOwner) -> None:
         """``owner`` demotes and glimpses resources whose name begins with ``prefix``.
 

@@ -187,6 +187,12 @@ class Connection:
         self._room.unpark_all()
         self._has_answered()
 
+    def refuse(self, words: str) -> None:
+        """The peer breaks the protocol: that is its end, and somebody needs to look into it."""
+        if self.failure is None:
+            self.fail(f"the peer breaks the protocol: {words}", f"protocol error: {words}")
+            self.announced = False
+
     async def run(self, receiver: Receiver) -> None:
         """Carry messages until the connection has failed; then close it."""
         try:
@@ -227,8 +233,7 @@ class Connection:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self.fail(f"it broke: {cause_of(error)}", forget=True)
         except WireError as error:
-            self.fail(f"the peer breaks the protocol: {error}", f"protocol error: {error}")
-            self.announced = False
+            self.refuse(str(error))
 
     def _take(self, message: Any, receiver: Receiver) -> None:
         if self.failure is not None:

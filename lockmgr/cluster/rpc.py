@@ -193,6 +193,15 @@ class Network:
         pair.traffic.dropped += 1
         return False
 
+    def refuse(self, peer: NodeId, reason: str) -> None:
+        """The peer breaks the protocol of a layer above: close the connection with these words.
+
+        It is told as `Lost`, and made again. To be called from within ``deliver``, too.
+        """
+        pair = self._pairs.get(peer)
+        if pair is not None and pair.used is not None:
+            pair.used.refuse(reason)
+
     async def wait_room(self, peer: NodeId) -> None:
         """Until little is queued for the peer, or there is no connection. For whoever has much to
         send and can wait; what cannot wait is sent all the same."""
