@@ -37,6 +37,7 @@ from redirector.block.reservations import (
     drain,
     patiently,
 )
+from redirector.flow import Evicted
 from redirector.recovery import Do, Kind, Recovery, Step
 from redirector.retained import RetainedWrites
 
@@ -47,10 +48,6 @@ PAUSES_S = (0.1, 0.2, 0.5, 1.0)
 """Between attempts; the last one for ever."""
 _STEADY_S = 10.0
 """Sessions that lived so long begin again with the shortest pause."""
-
-
-class Evicted(BlockError):
-    """This incarnation may not use the LUN any more. Final: every command fails from now on."""
 
 
 class Membership(Protocol):
@@ -358,7 +355,7 @@ class Keeper:
             return
         log.warning("%s: writing %d bytes again", self.lun.url, self._retained.size_bytes)
         mark = self._retained.mark()
-        for offset_bytes, piece in tuple(self._retained):
+        for offset_bytes, piece in self._retained.newest():
             await data.ask(partial(data.device.write, offset_bytes, piece))
         await data.ask(data.device.flush)
         self._retained.forget(mark)

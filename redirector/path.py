@@ -33,18 +33,14 @@ from redirector.block.device import (
     UnitAttention,
 )
 from redirector.block.reservations import PathClosed, Registration
-from redirector.keeper import Evicted, Keeper, Membership, Session
+from redirector.flow import Evicted
+from redirector.keeper import Keeper, Membership, Session
+from redirector.repeats import BUSY_PAUSES_S, Ranges, Repeats
 from redirector.retained import STOP_BYTES, RetainedWrites
 
 __all__ = ["DirectPath", "Evicted", "Membership", "PathStatus"]
 
 log = logging.getLogger(__name__)
-
-Ranges = Sequence[tuple[int, int]]
-"""(offset, length) pairs, bytes."""
-
-_PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Before a command goes again that the target was too busy for; the last one for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,39 +59,6 @@ class PathStatus:
     """Written, and not known to be stable."""
 
 
-class _Repeats:
-    """The ranges of writes that are to be issued again; newer commands that overlap wait."""
-
-    def __init__(self) -> None:
-        self.ranges: dict[object, tuple[int, int]] = {}
-        self._changed = trio.Event()
-
-    def add(self, ranges: Ranges) -> list[object]:
-        """Note (offset, length) pairs; `remove` takes what this returns."""
-        tokens: list[object] = []
-        for offset_bytes, length_bytes in ranges:
-            tokens.append(token := object())
-            self.ranges[token] = (offset_bytes, offset_bytes + length_bytes)
-        return tokens
-
-    def remove(self, tokens: list[object]) -> None:
-        for token in tokens:
-            del self.ranges[token]
-        self._changed.set()
-        self._changed = trio.Event()
-
-    def overlap(self, ranges: Ranges) -> bool:
-        """Whether any of them touches a noted one."""
-        return any(
-            start < offset + length and offset < end
-            for start, end in self.ranges.values()
-            for offset, length in ranges
-        )
-
-    async def wait_change(self) -> None:
-        await self._changed.wait()
-
-
 class DirectPath(BlockIO):
     """See the module's docstring. Every method may also raise `Evicted`, finally.
 
@@ -109,7 +72,7 @@ class DirectPath(BlockIO):
         volatile = data.device.identity.volatile_cache
         self._retained = RetainedWrites() if volatile else None
         self._keeper = Keeper(lun, control, data, membership, self._retained)
-        self._repeats = _Repeats()
+        self._repeats = Repeats()
         self._repeated = self._repeats.ranges
         self.identity = self._keeper.identity
 
@@ -247,16 +210,16 @@ class DirectPath(BlockIO):
     ) -> None:
         """Issue a command until it was answered, each time after what its failure asks for.
 
-        ``ranges`` is what it reads or changes, ``tokens`` its place in `_Repeats` if it changes
+        ``ranges`` is what it reads or changes, ``tokens`` its place in `Repeats` if it changes
         them and failed already.
         """
-        pauses = iter(_PAUSES_S)
+        pauses = iter(BUSY_PAUSES_S)
         tokens = tokens or []
         try:
             while True:
                 if failure is not None:
                     assert session is not None
-                    await self._digest(session, failure, next(pauses, _PAUSES_S[-1]))
+                    await self._digest(session, failure, next(pauses, BUSY_PAUSES_S[-1]))
                 session = await self._keeper.wait_flowing()
                 while not tokens and self._repeats.overlap(ranges):
                     await self._repeats.wait_change()

@@ -2,8 +2,13 @@
 
 Theory. Until a SYNCHRONIZE CACHE that *began after* a write was answered has itself been answered,
 a target with a volatile cache may lose the write. Whoever wrote it keeps it as long: if the
-target restarts, the writes go out again, in order, before any flush is answered, so that no fsync
-lies. Writes with FUA are kept too: an older retained write must not come out on top of them.
+target restarts, the writes go out again before any flush is answered, so that no fsync lies.
+Writes with FUA are kept too: an older retained write must not come out on top of them.
+
+Of bytes that were written more than once only the newest go out again (`RetainedWrites.newest`). An
+older version must not even be there for a moment: should this host die in the middle, it would
+have taken the place of a newer one that FUA has made stable. And so the order does not matter,
+beginning again does not either, nor does it if the target had forgotten nothing.
 
 invariants:
   1. entries are in the order in which they were answered, and numbered without gaps
@@ -12,6 +17,7 @@ invariants:
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator
 
@@ -91,9 +97,44 @@ class RetainedWrites:
 
     # -- after a restart of the target -----------------------------------------------------------
     def __iter__(self) -> Iterator[tuple[int, Buffer]]:
-        """Offset and data of each, in the order in which they must be written again."""
+        """Offset and data of each, in the order in which they were answered."""
         return iter(self._entries)
+
+    def newest(self) -> list[tuple[int, Buffer]]:
+        """Offset and data of pieces that do not overlap: the newest version of every byte."""
+        pieces: list[tuple[int, Buffer]] = []
+        covered = _Covered()
+        for offset_bytes, data in reversed(self._entries):
+            end = offset_bytes + len(data)
+            for start, stop in covered.cover(offset_bytes, end):
+                whole = (start, stop) == (offset_bytes, end)
+                piece = memoryview(data)[start - offset_bytes : stop - offset_bytes]
+                pieces.append((start, data if whole else piece))
+        return pieces
 
     def check(self) -> None:
         """Assert the invariants."""
         assert self.size_bytes == sum(len(data) for _, data in self._entries)
+
+
+class _Covered:
+    """A set of bytes, as ascending ranges that neither overlap nor touch."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def cover(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Add start..stop-1; returns the ranges of it that were not covered."""
+        first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
+        gaps, at = [], start
+        for n in range(first, last):
+            if at < self._starts[n]:
+                gaps.append((at, self._starts[n]))
+            at = max(at, self._stops[n])
+        if at < stop:
+            gaps.append((at, stop))
+        if first < last:
+            start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
+        self._starts[first:last], self._stops[first:last] = [start], [stop]
+        return gaps
