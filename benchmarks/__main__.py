@@ -18,10 +18,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import trio
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import mounted, raw
+from benchmarks import lock_acquire, mounted, raw, remote_locks
 from tests.tgt import Tgt
 
 RESULTS = Path(__file__).with_name("results") / "latest.json"
@@ -137,6 +138,37 @@ def metadata(url: str, directory: Path) -> list[Figure]:
     return figures
 
 
+def locks() -> list[Figure]:
+    """Of the lock manager alone, without a LUN."""
+    cached = trio.run(lock_acquire.measure, 2)["cached try"]
+    remote = remote_locks.measure(runs=2, count=2000)
+    command = "python -m benchmarks.remote_locks"
+    return [
+        single(
+            "lock that is cached",
+            cached,
+            "us",
+            lock_acquire.CACHED_BOUND_US,
+            "python -m benchmarks.lock_acquire",
+        ),
+        single(
+            "lock of another node's, median",
+            remote.median_ms,
+            "ms",
+            remote_locks.MEDIAN_BOUND_MS,
+            command,
+        ),
+        Figure(
+            "locks of another node's",
+            remote.rate,
+            "/s",
+            f">= {remote_locks.RATE_BOUND}",
+            remote.rate >= remote_locks.RATE_BOUND,
+            command,
+        ),
+    ]
+
+
 def format_tebibyte() -> Figure:
     """Format a 1 TiB sparse LUN."""
     with Tgt(lun_bytes=1 << 40) as target:
@@ -174,7 +206,7 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=3, help="measurements a figure")
     options.add_argument("--no-check", action="store_true", help="leave out check of 1 TiB")
     chosen = options.parse_args()
-    figures = [format_tebibyte()]
+    figures = [*locks(), format_tebibyte()]
     with ExitStack() as stack:
         target = stack.enter_context(Tgt(lun_bytes=LUN_BYTES))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="csvfs-bench-")))

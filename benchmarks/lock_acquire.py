@@ -79,7 +79,7 @@ def _found(lock: Lock | None) -> Lock:
     return lock
 
 
-async def measure() -> dict[str, float]:
+async def measure(runs: int = RUNS) -> dict[str, float]:
     """Microseconds per acquire and release, by what is measured."""
     kinds: list[tuple[str, Callable[[LockManager, int], Awaitable[None]], int]] = [
         ("cached try", cached_try, 50_000),
@@ -91,7 +91,7 @@ async def measure() -> dict[str, float]:
     best: dict[str, float] = {}
     async with open_lock_manager(settings=Settings(cache_limit=100_000)) as manager:
         for name, run, count in kinds:
-            for _ in range(RUNS):
+            for _ in range(runs):
                 started = time.perf_counter()
                 await run(manager, count)
                 took_us = (time.perf_counter() - started) / count * 1e6
