@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lockmgr.cluster.codec import WireError
-from lockmgr.messages import AnyMessage, GlimpseAnswer, Reassert, Waits
-from lockmgr.ranges_messages import RangeMessage, RangeReassert, RangeWaits
+from lockmgr.messages import GlimpseAnswer, Reassert, Waits
+from lockmgr.ranges_messages import Carried, RangeReassert, RangeWaits
 
 WINDOW_BYTES: Final = 4 << 20
 LIMIT_BYTES: Final = 64 << 20
@@ -43,9 +43,6 @@ CONFIRM_S: Final = 0.2
 SKIP_MOST: Final = 1 << 48
 USUAL_BYTES: Final = 256
 """What a small message is taken for."""
-
-Carried = AnyMessage | RangeMessage
-"""What channels are for."""
 
 
 @dataclass(frozen=True, slots=True)

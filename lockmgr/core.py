@@ -7,12 +7,17 @@ and no step ever leaves anything on its way.
 Epochs: a message of an earlier one changes nothing (`EpochRefused`); one of a later one is kept
 until the view of that epoch is there. While a recovery is under way, what nodes ask this master is
 kept too (`lockmgr.recovery`).
+
+Byte ranges (`lockmgr.ranges_core`) go by the same views. What this node re-asserts of them it sends
+before its last `Reassert`, so whoever has heard that of all members knows all ranges too, and one
+barrier thaws both. Files that a departed node may have had ranges of stay closed until it may be
+granted over (`lockmgr.ranges_debts`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lockmgr.claim import ClaimState
 from lockmgr.deadlock import Search
@@ -26,12 +31,26 @@ from lockmgr.events import (
     Event,
     JournalsReplayed,
     Send,
+    Thawed,
     TimerDue,
     ViewChanged,
 )
 from lockmgr.mastering import Choose, Mastering, rendezvous
-from lockmgr.messages import AnyMessage, MasterBound, NodeBound, Recovering
+from lockmgr.messages import Deadlocks, MasterBound, NodeBound, Recovering
 from lockmgr.node import NodeLocks
+from lockmgr.ranges_core import RangeCore
+from lockmgr.ranges_debts import RangeDebts
+from lockmgr.ranges_events import (
+    CancelRange,
+    FindConflict,
+    ForgetFile,
+    OwnerDied,
+    RangeEffect,
+    RangeEpochRefused,
+    RangeSend,
+    SetRange,
+)
+from lockmgr.ranges_messages import Carried
 from lockmgr.recovery import Recovery, Stage
 from lockmgr.resource import Master
 from lockmgr.settings import Settings
@@ -61,7 +80,16 @@ class LockCore:
         self.locks = NodeLocks(node, epoch, nowhere, settings or Settings())
         self.recovery = Recovery(node, epoch, listed, choose, self.locks)
         self.search = Search(node, self.locks, self.recovery)
-        self._early: list[AnyMessage] = []
+        self.range_debts = RangeDebts(node, self.recovery.debts, choose)
+        self.ranges = RangeCore(
+            node,
+            epoch,
+            nowhere,
+            members=listed,
+            coordinator=self.recovery.coordinator,
+            may_grant=self.range_debts.may_grant,
+        )
+        self._early: list[Carried] = []
 
     @property
     def epoch(self) -> int:
@@ -95,14 +123,18 @@ class LockCore:
                 effects = self._view_changed(event, now)
             case Cleared(nodes):
                 effects = self.recovery.told(nodes, _NOBODY)
+                effects += self._ranges_reopened(now)
             case JournalsReplayed(nodes):
                 effects = self.recovery.told(_NOBODY, nodes)
             case TimerDue():
                 effects = self.locks.step(event, now) + self.search.time_passed(now)
+                effects += _as_ours(self.ranges.timer_due(now))
             case Acquire(claim) | Convert(claim):
                 effects = self.locks.step(event, now)
                 if claim.state is ClaimState.WAITING or claim.state is ClaimState.CONVERTING:
                     self.search.watch(claim, now)
+            case SetRange() | FindConflict() | ForgetFile() | OwnerDied() | CancelRange():
+                effects = _as_ours(self.ranges.step(event, now))
             case _:
                 effects = self.locks.step(event, now)
         if not any(type(effect) is Send for effect in effects):
@@ -127,16 +159,40 @@ class LockCore:
 
     def _view_changed(self, view: ViewChanged, now: float) -> list[Effect]:
         before = self.epoch
+        if view.epoch > before:
+            self.range_debts.freeze(self.ranges.master.files.values())
         effects = self.recovery.view_changed(view, now)
+        coordinator = self.recovery.coordinator
         if self.epoch == before:
-            return effects
+            if coordinator != self.ranges.coordinator:
+                self.ranges.new_coordinator(coordinator, self.members)
+            return effects + self._ranges_reopened(now)
+        ranges = self.ranges.new_epoch(
+            self.epoch,
+            self.recovery.mastering.master_of,
+            now,
+            members=self.members,
+            coordinator=coordinator,
+        )
+        effects = _as_ours(ranges) + effects
         self.search.view_changed(now)
         early, self._early = self._early, []
         for message in early:
             effects += self._deliver(message, now)
         return effects
 
-    def _deliver(self, message: AnyMessage, now: float) -> list[Effect]:
+    def _recovering(self, message: Recovering, now: float) -> list[Effect]:
+        effects = self.recovery.receive(message)
+        if any(type(effect) is Thawed for effect in effects):
+            self.range_debts.thaw(self.recovery.granted_in)
+            return effects + _as_ours(self.ranges.thaw(now))
+        return effects + self._ranges_reopened(now)
+
+    def _ranges_reopened(self, now: float) -> list[Effect]:
+        self.range_debts.settle()
+        return [] if self.recovery.frozen else _as_ours(self.ranges.reopened(now))
+
+    def _deliver(self, message: Carried, now: float) -> list[Effect]:
         if message.epoch != self.epoch:
             if message.epoch < self.epoch:
                 return [EpochRefused(message)]
@@ -150,12 +206,18 @@ class LockCore:
         if isinstance(message, NodeBound):
             return self.locks.receive(message, now)
         if isinstance(message, Recovering):
-            return self.recovery.receive(message)
-        return self.search.receive(message, now)
+            return self._recovering(message, now)
+        if isinstance(message, Deadlocks):
+            return self.search.receive(message, now)
+        return _as_ours(self.ranges.deliver(message, now))
 
     def next_timer(self) -> float | None:
         """When the next `TimerDue` is due; None: not before another event."""
-        timers = [self.locks.next_timer(), self.search.next_timer()]
+        timers = [
+            self.locks.next_timer(),
+            self.search.next_timer(),
+            self.ranges.next_timer(),
+        ]
         return min((when for when in timers if when is not None), default=None)
 
     def statistics(self) -> Statistics:
@@ -182,3 +244,18 @@ class LockCore:
         if not self.recovery.frozen:
             self.master.check()
         self.recovery.check()
+        self.ranges.check()
+        self.range_debts.check(self.recovery.frozen)
+
+
+def _as_ours(effects: Iterable[RangeEffect]) -> list[Effect]:
+    ours: list[Effect] = []
+    for effect in effects:
+        match effect:
+            case RangeSend(to, message):
+                ours.append(Send(to, message))
+            case RangeEpochRefused(message):
+                ours.append(EpochRefused(message))
+            case _:
+                ours.append(effect)
+    return ours

@@ -13,6 +13,8 @@ with an identity here: the shell makes them, the core grants them.
     ViewChanged                 Thawed with its epoch, unless another ViewChanged comes before
     TimerDue, Deliver, Close,
     Cleared, JournalsReplayed   whatever they cause
+
+Those of byte ranges are in `lockmgr.ranges_events`.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lockmgr.claim import Claim
-from lockmgr.messages import AnyMessage, Resource
+from lockmgr.messages import Resource
 from lockmgr.modes import Mode
+from lockmgr.ranges_events import RangeDone, RangeEvent, RangeFound
+from lockmgr.ranges_messages import Carried
 from lockmgr.snapshot import LockSnapshot
 
 
@@ -109,7 +113,7 @@ class TimerDue:
 class Deliver:
     """A message from another node."""
 
-    message: AnyMessage
+    message: Carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,7 @@ Event = (
     | ViewChanged
     | Cleared
     | JournalsReplayed
+    | RangeEvent
 )
 
 
@@ -229,14 +234,14 @@ class Send:
     """Send ``message`` to another node."""
 
     to: int
-    message: AnyMessage
+    message: Carried
 
 
 @dataclass(frozen=True, slots=True)
 class EpochRefused:
     """A message of an earlier epoch arrived; it changed nothing."""
 
-    message: AnyMessage
+    message: Carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,5 +257,16 @@ class Thawed:
 
 
 Effect = (
-    Grant | Deny | Demote | Drained | Answer | Glimpsed | Send | EpochRefused | Emptied | Thawed
+    Grant
+    | Deny
+    | Demote
+    | Drained
+    | Answer
+    | Glimpsed
+    | Send
+    | EpochRefused
+    | Emptied
+    | Thawed
+    | RangeDone
+    | RangeFound
 )

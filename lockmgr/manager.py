@@ -31,8 +31,10 @@ from lockmgr.core import LockCore
 from lockmgr.errors import LockDeadlock, LockTimeout, ManagerClosed
 from lockmgr.events import Patience
 from lockmgr.lock import Acquisition, Lock
-from lockmgr.messages import AnyMessage, Resource
+from lockmgr.messages import Resource
 from lockmgr.modes import COVERS, Mode
+from lockmgr.ranges_events import RangeDone, RangeFound
+from lockmgr.ranges_messages import Carried
 from lockmgr.settings import Settings
 from lockmgr.snapshot import LockSnapshot, Statistics
 
@@ -67,16 +69,20 @@ class _Drain:
     empty: bool = False
 
 
-SendTo = Callable[[int, AnyMessage], None]
+SendTo = Callable[[int, Carried], None]
 """Take a message for a node of the view. It must not wait, and must not call the manager back."""
 
 
-def _nobody_there(to: int, message: AnyMessage) -> None:
+def _nobody_there(to: int, message: Carried) -> None:
     raise AssertionError(f"a cluster of one node has nobody for {message} to {to}")
 
 
 def _tell_nobody(epoch: int) -> None:
     del epoch
+
+
+def _nobody_asked(effect: RangeDone | RangeFound) -> None:
+    raise AssertionError(f"nobody asked for {effect}")
 
 
 class LockManager:
@@ -111,6 +117,8 @@ class LockManager:
         self._ticket = 0
         self._emptied = trio.Event()
         self._closed = False
+        self._on_range: Callable[[RangeDone | RangeFound], None] = _nobody_asked
+        """Set by `lockmgr.ranges_manager.RangeLocks`."""
         nursery.start_soon(self._tick, name="lockmgr timer")
 
     @property
@@ -247,7 +255,7 @@ class LockManager:
         return lock is not None and lock.held is not None and COVERS[lock.held][mode]
 
     # -- the cluster -----------------------------------------------------------------------
-    def deliver(self, message: AnyMessage) -> None:
+    def deliver(self, message: Carried) -> None:
         """A message from another node. Raises `ProtocolViolation` for what no correct peer says."""
         self._step(events.Deliver(message))
 
@@ -319,6 +327,8 @@ class LockManager:
                     self._send(to, message)
                 case events.Thawed(epoch):
                     self._on_thawed(epoch)
+                case RangeDone() | RangeFound():
+                    self._on_range(effect)
                 case events.EpochRefused(message):
                     log.debug("of an earlier epoch: %s", message)
                 case _:

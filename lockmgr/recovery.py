@@ -85,6 +85,9 @@ class Recovery:
         self.master = Master(epoch, self.debts)
         self.mastering = Mastering(members, choose)
         self.stage = Stage.THAWED if node in members else Stage.NO_VIEW
+        self.granted_in: tuple[tuple[int, ...], ...] = ()
+        """Members of the views that may have granted last before the present one; set with the
+        barrier."""
         self._choose = choose
         self._views: list[tuple[int, ...]] = [members]
         self._kept: list[dict[bytes, MasteredResource]] = []
@@ -227,7 +230,8 @@ class Recovery:
     # -- 4 barrier -------------------------------------------------------------------------
     def _rebuild(self) -> None:
         broken: list[tuple[Mastering, frozenset[int]]] = []
-        for view in self._views_that_granted():
+        self.granted_in = self._views_that_granted()
+        for view in self.granted_in:
             if gone := frozenset(view or (NOBODY,)).difference(self.members):
                 broken.append((Mastering(view, self._choose), gone))
                 self.debts.lose(Loss(view, gone, self.debts.owing))
@@ -246,12 +250,12 @@ class Recovery:
         self.stage = Stage.BARRIER
         self._tell_coordinator()
 
-    def _views_that_granted(self) -> list[tuple[int, ...]]:
+    def _views_that_granted(self) -> tuple[tuple[int, ...], ...]:
         """Those that may have been thawed last. Whoever has thawed once knows of each since."""
         views = {view for last in self._heard for view in last.views}
         if any(NO_MEMBERS not in last.views for last in self._heard):
             views.discard(NO_MEMBERS)
-        return sorted(views)
+        return tuple(sorted(views))
 
     def _tell_coordinator(self) -> None:
         if self.stage in (Stage.BARRIER, Stage.THAWED):

@@ -37,7 +37,7 @@ from csvfs.volume import Volume, VolumeOptions, open_volume
 from lockmgr.events import ViewChanged
 from lockmgr.manager import LockManager, open_lock_manager
 from lockmgr.mastering import node_number
-from lockmgr.messages import AnyMessage
+from lockmgr.ranges_messages import Carried
 from lockmgr.settings import Settings
 from redirector.block.device import BlockDevice, BlockError, InitiatorPort
 from redirector.block.simulated import SimulatedDevice, SimulatedLun
@@ -121,7 +121,7 @@ class Cluster:
         """Who lives, in the order of their joining."""
         self.sent: Counter[str] = Counter()
         """Lock messages from node to node so far, by type."""
-        self.trace: list[tuple[int, int, AnyMessage]] | None = None
+        self.trace: list[tuple[int, int, Carried]] | None = None
         """(from, to, message) of each, if somebody put a list here."""
         self._nursery = nursery
         self._rng = rng
@@ -129,7 +129,7 @@ class Cluster:
         self._settings = settings
         self._epoch = 0
         self._incarnations: dict[int, int] = {}
-        self._links: dict[tuple[int, int], deque[AnyMessage]] = {}
+        self._links: dict[tuple[int, int], deque[Carried]] = {}
         self._unreplayed: dict[int, Node] = {}
         """Departed nodes by their numbers."""
         self._change = trio.Lock()
@@ -138,7 +138,7 @@ class Cluster:
         self._recovered = trio.Event()
 
     # -- the network -----------------------------------------------------------------------
-    def _send(self, sender: Node, to: int, message: AnyMessage) -> None:
+    def _send(self, sender: Node, to: int, message: Carried) -> None:
         if sender.dead:
             return
         self.sent[type(message).__name__] += 1
@@ -151,7 +151,7 @@ class Cluster:
         if len(queue) == 1:
             self._nursery.start_soon(self._carry, to, queue)
 
-    async def _carry(self, to: int, queue: deque[AnyMessage]) -> None:
+    async def _carry(self, to: int, queue: deque[Carried]) -> None:
         """Deliver what one node has for another, in order."""
         while queue:
             await trio.sleep(self._rng.choice(DELAYS_S))
@@ -223,7 +223,7 @@ class Cluster:
     async def _live(self, node: Node, start: JournalStart, started: trio.Event) -> None:
         """One life of a node, to its end."""
 
-        def send(to: int, message: AnyMessage) -> None:
+        def send(to: int, message: Carried) -> None:
             self._send(node, to, message)
 
         try:
@@ -240,7 +240,7 @@ class Cluster:
         self,
         node: Node,
         start: JournalStart,
-        send: Callable[[int, AnyMessage], None],
+        send: Callable[[int, Carried], None],
         started: trio.Event,
     ) -> None:
         async with (

@@ -26,14 +26,14 @@ from typing import Any, Final, Protocol, get_args
 
 import trio
 
-from lockmgr.channel import Carried, Channel, Control
+from lockmgr.channel import Channel, Control
 from lockmgr.cluster.codec import WireError
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId
 from lockmgr.errors import ProtocolViolation
 from lockmgr.mastering import node_number
 from lockmgr.messages import MasterBound, Reassert, Reasserted, Suspicion, Waits
-from lockmgr.ranges_messages import RangeMasterBound, RangeSuspicion, RangeWaits
+from lockmgr.ranges_messages import Carried, RangeMasterBound, RangeSuspicion, RangeWaits
 
 __all__ = ["LockLink"]
 

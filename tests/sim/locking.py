@@ -16,7 +16,7 @@ from lockmgr.cluster import effects, events
 from lockmgr.cluster.view import NodeId, View
 from lockmgr.core import LockCore
 from lockmgr.mastering import node_number, slot_and_incarnation
-from lockmgr.messages import AnyMessage
+from lockmgr.ranges_messages import Carried
 from tests.sim.application import Application
 from tests.sim.words import in_words
 from tests.sim.world import ROUNDING_S, Resume
@@ -31,7 +31,7 @@ class Numbered:
 
     number: int
     confirms: int
-    message: AnyMessage
+    message: Carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ class Locking:
             channel = self.channels[node] = Channel()
         return channel
 
-    def _send(self, to: NodeId, message: AnyMessage) -> None:
+    def _send(self, to: NodeId, message: Carried) -> None:
         channel = self._channel(to)
         channel.sent += 1
         numbered = Numbered(channel.sent, channel.received, message)

@@ -36,8 +36,9 @@ from lockmgr.events import (
     Withdraw,
 )
 from lockmgr.mastering import Choose
-from lockmgr.messages import AnyMessage, Resource
+from lockmgr.messages import Resource
 from lockmgr.modes import COMPATIBLE, COVERS, WRITES_VALUE, Mode
+from lockmgr.ranges_messages import Carried
 from lockmgr.resource import MasteredResource
 from lockmgr.settings import Settings
 
@@ -79,7 +80,7 @@ class Cluster:
             LockCore(node, 3, self.settings, range(nodes), choose) for node in range(nodes)
         ]
         self.alive = set(range(nodes))
-        self.channels: dict[tuple[int, int], deque[AnyMessage]] = defaultdict(deque)
+        self.channels: dict[tuple[int, int], deque[Carried]] = defaultdict(deque)
         self.demoting: dict[tuple[int, Resource], Mode] = {}
         self.draining: set[tuple[int, Resource]] = set()
         self.answering: list[tuple[int, Answer]] = []
