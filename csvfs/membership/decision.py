@@ -147,7 +147,7 @@ def decide(
     ``preempt_keys``: whose owners are gone for good, as the administrator says; they count only
     where no view can tell.
     """
-    refusal = _refuse_volume(seen) or _refuse_foreign(seen)
+    refusal = refuse(seen)
     if refusal is not None:
         return refusal
     if seen.view_trouble:
@@ -224,6 +224,11 @@ def live_slots(view: View) -> tuple[int, ...]:
     """Slots whose node may still be writing, as far as the view knows."""
     states = (SlotState.JOINING, SlotState.ACTIVE)
     return tuple(n for n, slot in enumerate(view.slots) if slot.state in states)
+
+
+def refuse(seen: Observation) -> Refusal | None:
+    """Whether no host may mount it so, whoever is a member."""
+    return _refuse_volume(seen) or _refuse_foreign(seen)
 
 
 def _refuse_volume(seen: Observation) -> Refusal | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from csvfs.format import (
     BLOCK_BYTES,
+    BLOCKS_PER_UNIT,
     HEARTBEAT_AREA,
+    JOIN_AREA,
     MAGIC,
     MAX_SLOTS,
     SLOT_AREA,
@@ -18,11 +20,15 @@ from csvfs.format import (
     VIEW_BYTES,
     BadBlock,
     BlockType,
+    Heartbeat,
+    JoinRequest,
     SlotBlock,
     Superblock,
     View,
     block_type,
     byte_offset,
+    decode_heartbeat,
+    decode_join,
     encode_view,
     newest_view,
     view_address,
@@ -126,6 +132,42 @@ async def read_slot_blocks(device: BlockDevice, superblock: Superblock) -> dict[
         except BadBlock:
             continue
     return found
+
+
+async def read_slot_block(
+    device: BlockDevice, superblock: Superblock, slot: int
+) -> tuple[SlotBlock, int] | None:
+    """One slot block and its version; None if it is not valid."""
+    address = superblock.geometry.slot_block(slot)
+    block = await device.read(byte_offset(address), BLOCK_BYTES)
+    try:
+        return SlotBlock.decode(block, address, superblock.volume_id, slot)
+    except BadBlock:
+        return None
+
+
+async def read_life(
+    device: BlockDevice, superblock: Superblock
+) -> tuple[tuple[Heartbeat, ...], tuple[JoinRequest, ...]]:
+    """The heartbeat and join blocks that are valid. Read in small pieces, one after the other: what
+    a host that hangs leaves unread must not keep the target from answering a reset."""
+    geometry, volume_id = superblock.geometry, superblock.volume_id
+    beats: list[Heartbeat] = []
+    joins: list[JoinRequest] = []
+    for area in (HEARTBEAT_AREA, JOIN_AREA):
+        for first in range(0, geometry.slots, BLOCKS_PER_UNIT):
+            slots = range(first, min(first + BLOCKS_PER_UNIT, geometry.slots))
+            piece = await device.read(byte_offset(area + first), len(slots) * BLOCK_BYTES)
+            for index, slot in enumerate(slots):
+                block = memoryview(piece)[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+                try:
+                    if area == HEARTBEAT_AREA:
+                        beats.append(decode_heartbeat(block, area + slot, volume_id, slot))
+                    else:
+                        joins.append(decode_join(block, area + slot, volume_id, slot))
+                except BadBlock:
+                    continue
+    return tuple(beats), tuple(joins)
 
 
 async def read_heartbeats(device: BlockDevice) -> bytes:

@@ -35,7 +35,7 @@ its command has ended, because the target may still write into, or read from, it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
@@ -223,6 +223,9 @@ class BlockDevice(BlockIO):
     port: InitiatorPort
     portal: str = ""
     """``address:port`` of the target that the nexus was made through; empty where there is none."""
+    on_lost: Callable[[], None] | None = None
+    """Called once, when the nexus is seen to be lost or is closed, before any command ends that it
+    leaves without an answer. It must neither wait nor raise."""
 
     @property
     @abstractmethod
@@ -303,6 +306,11 @@ class Lun(ABC):
 
     url: str
     """Never holds a password."""
+
+    def with_patience(self, most_s: float) -> Lun:
+        """The same LUN, for nexuses that never wait longer than so for a silent target."""
+        del most_s
+        return self
 
     @abstractmethod
     async def login(self, port: InitiatorPort, *, timeout_s: float = 10.0) -> BlockDevice:

@@ -178,8 +178,14 @@ class FileDevice(BlockDevice):
             with trio.move_on_after(_LOST_POLL_S):
                 await self._lost.wait()
 
+    def _set_lost(self) -> None:
+        if not self._lost.is_set():
+            self._lost.set()
+            if self.on_lost is not None:
+                self.on_lost()
+
     def abort(self) -> None:
-        self._lost.set()
+        self._set_lost()
         if not self._in_flight:
             self._close()
 
@@ -192,7 +198,7 @@ class FileDevice(BlockDevice):
                 await _lock(self._side, STATE)
                 with self._side.changing() as state:
                     state.close_session(self.nexus)
-                self._lost.set()
+                self._set_lost()
                 self._close()  # and with it, STATE
         await trio.lowlevel.checkpoint()
 
@@ -266,7 +272,7 @@ class FileDevice(BlockDevice):
         try:
             with self._side.changing() as state:
                 if self.nexus not in state.sessions:
-                    self._lost.set()
+                    self._set_lost()
                     raise OutcomeUnknown(f"{self.lun.url}: the target closed the session")
                 yield state
             arbiter = state.arbiter
@@ -359,7 +365,7 @@ class FileDevice(BlockDevice):
             except BlockError as error:
                 # The kernel reports a failed write-back once and then forgets it: a second flush
                 # would lie. Only a new session may go on, and its user writes everything again.
-                self._lost.set()
+                self._set_lost()
                 raise OutcomeUnknown(f"{error}; what was not flushed yet may be gone") from error
 
     async def unmap(self, ranges: Sequence[tuple[int, int]]) -> None:

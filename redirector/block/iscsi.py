@@ -7,7 +7,7 @@ like) are asked again when a unit attention came in between.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from trio.lowlevel import current_task
@@ -92,6 +92,13 @@ class IscsiLun(Lun):
         user = credentials.user if credentials else ""
         self.url = str(LunUrl("iscsi", host=host, port=port, target=target, lun=lun, user=user))
         self._initiator = _ANONYMOUS_INITIATOR
+
+    def with_patience(self, most_s: float) -> IscsiLun:
+        """See `Lun.with_patience`."""
+        options = replace(self.options, most_patience_s=most_s)
+        return IscsiLun(
+            self.host, self.port, self.target, self.lun, self.credentials, options=options
+        )
 
     async def login(self, port: InitiatorPort, *, timeout_s: float = 10.0) -> IscsiDevice:
         """See `Lun.login`. Raises `ValueError` for an ISID that `isid_valid` denies."""

@@ -58,6 +58,7 @@ class IscsiDevice(BlockDevice):
         self.portal = nexus.session.portal
         self.identity = LunIdentity(size_bytes=0, logical_block_bytes=512)
         self._nexus = nexus
+        nexus.on_lost = self._tell_lost
         self._max_unmap_extents = _MAX_UNMAP_EXTENTS
         self._cache_known = False
         self._attention: UnitAttention | None = None
@@ -70,6 +71,10 @@ class IscsiDevice(BlockDevice):
 
     async def wait_lost(self) -> None:
         await self._nexus.lost.wait()
+
+    def _tell_lost(self) -> None:
+        if self.on_lost is not None:
+            self.on_lost()
 
     def abort(self) -> None:
         self._nexus.abort()

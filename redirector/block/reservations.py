@@ -230,7 +230,15 @@ class Registration:
 
     async def confirm(self) -> None:
         """READ KEYS on this very nexus. Raises `PathClosed` if it is not registered any more."""
-        answer = await patiently(self.device.read_keys)
+        self._expect_in(await patiently(self.device.read_keys))
+
+    async def survey(self) -> Standing:
+        """Who is registered, who holds. Raises `PathClosed` if this nexus is not registered."""
+        standing = await survey(self.device)
+        self._expect_in(standing.keys)
+        return standing
+
+    def _expect_in(self, answer: RegisteredKeys) -> None:
         verdict = keys_verdict(self.key, self._seen_generation, answer)
         if verdict is not None:
             raise verdict

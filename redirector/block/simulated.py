@@ -173,7 +173,10 @@ class SimulatedDevice(BlockDevice):
         self.frozen = False
 
     def set_lost(self) -> None:
-        self._lost.set()
+        if not self._lost.is_set():
+            self._lost.set()
+            if self.on_lost is not None:
+                self.on_lost()
         for command in list(self._in_flight):
             if command.ended is not None and not command.ended.is_set():
                 command.error = self._unknown(command.op)

@@ -51,6 +51,8 @@ class Nexus:
         self.session = session
         self._on_silence = on_silence
         self.lost = trio.Event()
+        self.on_lost: Callable[[], None] | None = None
+        """Called when ``lost`` is set, before any task wakes with an unknown outcome."""
         self.ended = trio.Event()
         self.why = ""
         """Why it was lost, in words."""
@@ -97,15 +99,23 @@ class Nexus:
             while not session.lost:
                 await trio.lowlevel.wait_readable(fd)
                 for task, completion in session.reap():
+                    if completion is not None and completion.unknown:
+                        self._set_lost()
                     reschedule(task, Value(completion))
         finally:
-            self.why = self.why or session.text or "the session was closed"
             if self._on_silence is not None and session.silent_ms:
                 self._on_silence(session.silent_ms / 1000)
-            self.lost.set()
+            self._set_lost()
             for task, completion in session.close():
                 reschedule(task, Value(completion))
             self.ended.set()
+
+    def _set_lost(self) -> None:
+        if not self.lost.is_set():
+            self.why = self.why or self.session.text or "the session was closed"
+            self.lost.set()
+            if self.on_lost is not None:
+                self.on_lost()
 
     async def logout(self) -> None:
         """Let the commands in flight end, log out, end. Cancelled, it drops the connection."""
@@ -127,7 +137,7 @@ class Nexus:
         """Drop the connection; commands in flight are about to end as unknown."""
         if not self.lost.is_set():
             self.why = "the session was dropped"
-            self.lost.set()
+            self._set_lost()
         self.session.abort()
 
     async def drop(self) -> None:
