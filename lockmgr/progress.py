@@ -118,9 +118,10 @@ class Progress:
             if goal is None:
                 lock.phase = Phase.HELD
                 return True
+            moved = goal is not lock.target
             lock.target = goal
             if lock.above_target():
-                return False
+                return moved  # the gate may let others through than it did
             self._begin_pass(lock, Phase.LAST, goal)
             return True
         if lock.drain and not lock.drained:

@@ -356,6 +356,9 @@ def test_histories() -> None:
         pytest.param(1826, id="a-grant-would-open-the-gate"),
         pytest.param(1983, id="one-victim-makes-two-others-superfluous"),
         pytest.param(2300, id="a-conversion-depends-on-the-request-of-another-claim"),
+        pytest.param(6547, id="a-demotion-waits-for-one-that-is-in-nobodys-way"),
+        pytest.param(6565, id="a-reader-overtakes-between-answer-and-verdict"),
+        pytest.param(14166, id="a-gate-that-lets-more-in-when-its-target-changes"),
     ],
 )
 def test_known_histories(seed: int) -> None:

@@ -606,6 +606,24 @@ def test_grants_are_told_in_order(node: Cluster) -> None:
     assert effects == [Grant(reader) for reader in readers]
 
 
+def test_whom_another_target_lets_in_does_not_wait() -> None:
+    """EX is wanted, a reader drains; then CW is all that is wanted: CR may come in beside it."""
+    cluster = Cluster(3, Settings(min_hold_s=0.0))
+    reader = cluster.acquire(1, THERE, PR)
+    cluster.settle()
+    writer = cluster.acquire(2, THERE, EX)
+    cluster.settle()
+    other = cluster.acquire(0, THERE, CW)
+    late = cluster.acquire(1, THERE, CR)
+    cluster.settle()
+    assert {writer, other, late} == cluster.waiting.keys()
+    cluster.withdraw(writer)
+    cluster.settle()
+    assert cluster.held.keys() == {reader, late} and cluster.waiting.keys() == {other}
+    cluster.release(reader)
+    cluster.drain_everything()
+
+
 def test_demoted_without_a_pass_is_a_bug(node: Cluster) -> None:
     node.acquire(0, HERE, EX)
     with pytest.raises(AssertionError):
