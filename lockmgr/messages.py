@@ -195,6 +195,11 @@ class MasterState:
     owed: tuple[tuple[int, Mode], ...]
 
 
+def _must_be_nodes(members: tuple[int, ...]) -> None:
+    if members and not 0 <= min(members) <= max(members) < 1 << 63:
+        raise ValueError(f"members {members}")
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """Masters ``gone`` of the view ``members`` took with them who held what they mastered.
@@ -205,6 +210,9 @@ class Loss:
     members: tuple[int, ...]
     gone: frozenset[int]
     owed: frozenset[int]
+
+    def __post_init__(self) -> None:
+        _must_be_nodes(self.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +236,10 @@ class Reassert(RecoveryMessage):
     last: bool = False
     views: tuple[tuple[int, ...], ...] = ()
     losses: tuple[Loss, ...] = ()
+
+    def __post_init__(self) -> None:
+        for view in self.views:
+            _must_be_nodes(view)
 
 
 @dataclass(frozen=True, slots=True)

@@ -304,9 +304,10 @@ class Master:
         if mastered is None:
             mastered = MasteredResource(message.resource, self.epoch, self.debts)
             mastered.owed = self.debts.of_unknown(message.resource)
+        out = mastered.step(message)  # may refuse; then nothing new is kept
+        if not mastered.empty:
             self.resources[name] = mastered
-        out = mastered.step(message)
-        if mastered.empty:
+        elif name in self.resources:
             del self.resources[name]
         return out
 

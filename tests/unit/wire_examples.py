@@ -12,7 +12,14 @@ from typing import Any
 from hypothesis import strategies as st
 
 from lockmgr.cluster.codec import INT_MAX, INT_MIN
-from lockmgr.messages import NAME_LIMIT_BYTES, VALUE_BYTES, Resource, ValueBlock
+from lockmgr.messages import (
+    NAME_LIMIT_BYTES,
+    VALUE_BYTES,
+    Loss,
+    Reassert,
+    Resource,
+    ValueBlock,
+)
 
 INTS = st.integers(INT_MIN, INT_MAX) | st.integers(0, 100)
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {
@@ -27,6 +34,12 @@ PLAIN: dict[Any, st.SearchStrategy[Any]] = {
     ValueBlock: st.builds(
         ValueBlock, st.none() | st.binary(min_size=VALUE_BYTES, max_size=VALUE_BYTES), INTS
     ),
+}
+
+MEMBERS = st.lists(st.integers(0, (1 << 63) - 1), max_size=4).map(tuple)
+OWN_RULES: dict[tuple[type, str], st.SearchStrategy[Any]] = {
+    (Loss, "members"): MEMBERS,
+    (Reassert, "views"): st.lists(MEMBERS, max_size=4).map(tuple),
 }
 
 
@@ -56,7 +69,13 @@ def anything(annotation: Any) -> st.SearchStrategy[Any]:
     if issubclass(annotation, IntFlag):
         known = sum(annotation)
         return st.integers(0, known).map(lambda bits: annotation(bits & known))
-    return st.builds(annotation, *(anything(kind) for _name, kind in members(annotation)))
+    return st.builds(annotation, *(field_of(annotation, *each) for each in members(annotation)))
+
+
+def field_of(kind: type, name: str, annotation: Any) -> st.SearchStrategy[Any]:
+    """All values of a field."""
+    rule = OWN_RULES.get((kind, name))
+    return anything(annotation) if rule is None else rule
 
 
 def example(annotation: Any, numbers: Any = None) -> Any:
