@@ -155,7 +155,6 @@ class Flow:
     def lost(self, registration: Registration, why: str) -> None:
         """See `DataPath.lost`."""
         if self.session is not None and self.session.registration is registration:
-            log.warning("the data session is lost: %s", why)
             self._leave(self.session, why)
 
     def lease(self, until_s: float) -> None:
@@ -171,14 +170,17 @@ class Flow:
         self.evicted = Evicted(words)
         self.trouble = words
         self.answer_until_s = float("-inf")
-        self.flowing = None
+        self._proven = False
+        if self.session is not None:
+            self._earlier.append(self.session)
+        self.session = self.flowing = None
         if self.retained is not None:
             self.retained.stop()
         self._tell()
 
     def abort(self) -> None:
-        """Drop the connections: what is in flight ends now."""
-        for session in filter(None, (self.session, *self._earlier)):
+        """After `end`: drop the connection, so that what is in flight ends now."""
+        for session in self._earlier:
             session.device.abort()
 
     # -- for those who do I/O --------------------------------------------------------------------
@@ -201,7 +203,6 @@ class Flow:
         """A command has found that session lost, or not registered any more. Idempotent."""
         if session is not self.session:
             return
-        log.warning("the data session is closed: %s", why)
         if isinstance(why, PathClosed):
             # Perhaps the target forgot the key; if somebody preempted it this costs only time.
             self._restarted = True
@@ -225,8 +226,8 @@ class Flow:
         return self.retained
 
     async def wait_idle(self) -> None:
-        """Return when no command is in flight on any session. Only when nothing flows."""
-        for session in filter(None, (self.session, *self._earlier)):
+        """After `end`: return when no command is in flight on any session."""
+        for session in self._earlier:
             await session.wait_idle()
 
     # -- making it flow --------------------------------------------------------------------------
@@ -285,6 +286,7 @@ class Flow:
         retained.forget(mark)
 
     def _leave(self, session: DataSession, why: str) -> None:
+        log.warning("the data session is lost: %s", why)
         self.session = self.flowing = None
         self._proven = False
         self._earlier.append(session)

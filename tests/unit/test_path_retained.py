@@ -119,3 +119,24 @@ async def test_a_flush_of_somebody_else_does_not_lose_who_waits_for_one_to_be_du
     with trio.fail_after(FLUSH_AFTER_S * 2):
         await due.wait()
     assert trio.current_time() == started
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)), max_size=40))
+def test_newest_is_what_all_in_order_would_leave(writes: list[tuple[int, int]]) -> None:
+    retained = RetainedWrites()
+    medium: dict[int, int] = {}
+    for number, (start, length) in enumerate(writes, 1):
+        retained.add(start, bytes([number]) * length)
+        medium |= dict.fromkeys(range(start, start + length), number)
+    pieces = retained.newest()
+    assert sum(len(data) for _, data in pieces) == len(medium), "each byte once"
+    assert {
+        start + at: byte for start, data in pieces for at, byte in enumerate(bytes(data))
+    } == medium
+
+
+def test_newest_of_many_writes_takes_no_time() -> None:
+    retained = RetainedWrites()
+    for number in range(16384):
+        retained.add(number * 7919 % 16384 * 8192, bytes(4096))
+    assert len(retained.newest()) == 16384

@@ -14,7 +14,13 @@ from collections.abc import AsyncIterator, Callable
 import trio
 
 from redirector.block.arbiter import DATA_OPS
-from redirector.block.device import BlockDevice, BlockError, InitiatorPort, Lun
+from redirector.block.device import (
+    BlockDevice,
+    BlockError,
+    InitiatorPort,
+    Lun,
+    ReservationConflict,
+)
 from redirector.block.keys import PathKey
 from redirector.block.reservations import Registration, Victim, fence, patiently
 from redirector.block.simulated import Command, SimulatedDevice, SimulatedLun
@@ -45,10 +51,13 @@ class ToldLun(SimulatedLun):
     ready_nexus = 0
     opening_nexus = 0
     """On which the membership reads the view."""
+    evicted = False
 
     def arrive(self, command: Command) -> Injection | None:
         if command.port == DATA_PORT and command.op in DATA_OPS:
-            assert command.nexus in (self.ready_nexus, self.opening_nexus), "data without a proof"
+            opens = command.nexus == self.opening_nexus
+            assert opens or command.nexus == self.ready_nexus, "data without a proof"
+            assert opens or not self.evicted, "data after the eviction"
         return super().arrive(command)
 
     def check_proof(self, registration: Registration) -> None:
@@ -65,13 +74,16 @@ class Coordinator:
         self.lun = lun
         self._key = PathKey(1, 1, 1)
         self._held: Registration | None = None
+        self._keys: list[int] = []
+        """The latest first."""
 
     async def holder(self) -> Registration:
         """Its reserving session, a new one if the last is lost."""
-        former = () if self._held is None else (self._held.key,)
         if self._held is None or self._held.device.lost:
             device = await self.lun.login(COORDINATOR_PORT)
             self._key = self._key.next()
+            former = tuple(self._keys)
+            self._keys.insert(0, self._key.pack())
             held = await Registration.register(device, self._key.pack(), former_keys=former)
             holder_key = await held.holder()
             if not holder_key:
@@ -185,9 +197,11 @@ class Membership:
                             self.ready(late)
                             self.path.lost(late, "told late")
                     late = await self._make_ready()
-                except BlockError:
+                except BlockError as error:
                     self._wake.set()
                     await trio.sleep(0.1 + self.pause())
+                    if isinstance(error, ReservationConflict):
+                        await self.coordinator.fence(())
 
     async def _make_ready(self) -> Registration | None:
         """Prove until nothing is unproven; the session that is, or would have been, ready."""
