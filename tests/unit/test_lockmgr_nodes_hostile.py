@@ -1,4 +1,4 @@
-"""Peers that say what no correct peer says: it costs them the connection, and nobody else a thing."""
+"""Peers that say what no correct peer says: it costs them the connection, nobody else a thing."""
 
 from __future__ import annotations
 
