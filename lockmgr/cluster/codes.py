@@ -65,6 +65,8 @@ _SMALL: Final[dict[int, type]] = {
     105: members.DeathReported,
     106: members.JoinRefused,
     107: members.Thawed,
+    108: members.FenceAsked,
+    109: members.Fenced,
 }
 """Those for which the usual limits do: 4 KiB, 64 items in an array."""
 

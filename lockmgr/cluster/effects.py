@@ -7,7 +7,8 @@ names. Nothing is ever sent again by the shell. What outcomes mean: `lockmgr.clu
 Sessions: the *newcomer's* (temporary key), from `OpenNewcomer` to `DropNewcomer`; the *control*
 and data sessions, from `OpenPaths` on. An `OpenPaths` closes those before it, and takes the next
 path generations. After `Refused`, `Unknown` and `PathLost` a session does nothing any more: what
-is sent to it is answered `Unknown`.
+is sent to it is answered `Unknown`. Whatever ends the paths, `PathLost` with both keys is said
+before any I/O on them is answered, and before the next `OpenPaths` is.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class OpenPaths:
     2  survey on it; if the view does not list the incarnation this is all, and nothing is written
     3  write the slot block on it: both generations, ISIDs, portals
     4  log in the data session, REGISTER, read the view on it
+
+    The ISID of each kind is the same every time: the login closes the session before it at the
+    target. If it does not come to the end, `PathLost` says which keys may be registered now.
 
     The slot block is written under a key of the incarnation, not under a temporary one: a host that
     freezes between 2 and 3 may wake up when it was evicted and its slot is another's, and then only
@@ -121,7 +125,9 @@ class Fence:
     """The whole fence, on the reserving session: close by reinstatement, PREEMPT, RESET. Of the
     paths with these ``keys``, and of every path of these ``nodes``: each session that their slot
     block records and each registered key of theirs, read now. Good(None): nothing of them is on
-    its way any more, and nothing can come. A key that is not registered any more is no error.
+    its way any more, and nothing can come. A key that is not registered any more is no error. A
+    path whose ISID serves a later one by now (the slot block has another key for it) was closed by
+    that one's login: its session is not reinstated, its key is preempted.
     Without keys and nodes it only drains. If the RESET has no answer for 2 s, some frozen reader
     blocks it: fence the ``stragglers`` too, who are silent, and issue it again."""
 
@@ -236,6 +242,16 @@ class ReplayWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class PathsReady:
+    """I/O may be issued on the data session that was opened with this control session: the view,
+    read under a reservation, lists this node, and nothing of its earlier paths can come any more.
+    At most once for each `OpenPaths`; `PathLost` ends it."""
+
+    key: int
+    """The control session's."""
+
+
+@dataclass(frozen=True, slots=True)
 class CloseSessions:
     """Log out everywhere; what is registered stays so ("parked")."""
 
@@ -258,6 +274,12 @@ class Stop:
 
 NetworkEffect = SendTo | Beat
 UpwardEffect = (
-    ViewInstalled | LeaseUntil | DepartedMayBeGranted | ReplayWanted | CloseSessions | Stop
+    ViewInstalled
+    | LeaseUntil
+    | DepartedMayBeGranted
+    | ReplayWanted
+    | PathsReady
+    | CloseSessions
+    | Stop
 )
 Effect = IoEffect | NetworkEffect | UpwardEffect

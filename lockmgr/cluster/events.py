@@ -72,11 +72,12 @@ class DeathProven:
 @dataclass(frozen=True, slots=True)
 class PathLost:
     """The control or the data session is gone or was silent for 2 s; both are dropped. I/O that
-    is outstanding is still answered (`Unknown`)."""
+    is outstanding is answered (`Unknown`) after this was said. Also of paths that were not opened
+    to the end."""
 
     keys: tuple[int, ...] = ()
-    """Those of the lost paths, the control session's among them; a coordinator passes them on to
-    its successor, to be fenced. Keys of paths before the present ones change nothing else."""
+    """Those of the lost paths, the control session's among them. Nothing flows on the next paths
+    before these are fenced (`lockmgr.cluster.proof`)."""
 
 
 @dataclass(frozen=True, slots=True)

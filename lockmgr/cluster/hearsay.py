@@ -7,6 +7,7 @@ who does not hold, a hand-over of somebody else's key, a replay that another nod
 
 from __future__ import annotations
 
+from lockmgr.cluster import proof
 from lockmgr.cluster.beating import Beating
 from lockmgr.cluster.coordinator import is_serving, may_renew
 from lockmgr.cluster.effects import StopReason
@@ -16,6 +17,8 @@ from lockmgr.cluster.messages import (
     AskLease,
     DeathReported,
     EvictAsked,
+    FenceAsked,
+    Fenced,
     JoinRefused,
     LeaseGiven,
     Leave,
@@ -54,6 +57,10 @@ def receive(st: NodeState, beating: Beating, peer: NodeId, message: Message) -> 
                 st.named, st.named_at = message, st.now
         case YouHold(key):
             st.told_holding = st.keys.owner(key) == st.me
+        case FenceAsked(keys):
+            proof.asked(st, peer, keys)
+        case Fenced(keys):
+            proof.proven(st, keys)
         case Leave(clean):
             st.leavers[peer] = clean and st.leavers.get(peer, True)
             if is_serving(st) and st.view is not None and not st.view.lists(*peer):

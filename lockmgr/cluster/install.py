@@ -135,6 +135,8 @@ def _forget(st: NodeState, view: View) -> None:
     st.leavers = {node: clean for node, clean in st.leavers.items() if node in listed}
     st.ready &= frozenset(view.joining)
     st.lagging &= listed
+    st.to_fence = {node: keys for node, keys in st.to_fence.items() if node in listed}
+    st.fenced_for = {node: keys for node, keys in st.fenced_for.items() if node in listed}
     st.replay_done &= waiting
     st.replayed_here &= waiting
     st.cleared &= waiting

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from lockmgr.cluster.change import Changes, next_view
 from lockmgr.cluster.effects import CloseSessions, StopReason, Unregister, WriteView
-from lockmgr.cluster.messages import EvictAsked, TakeOver
+from lockmgr.cluster.messages import KEYS_PER_MESSAGE, EvictAsked, TakeOver
 from lockmgr.cluster.outcomes import Good
 from lockmgr.cluster.state import NodeState, Steps, Stopped
 from lockmgr.cluster.view import NodeId, SlotState, View
@@ -77,7 +77,7 @@ def name_successor(st: NodeState) -> None:
     candidates.sort(key=lambda node: (_is_joining(st.view, node), node))
     turn = int((st.now - _handing_since(st)) / st.settings.path_loss_s)
     successor = candidates[turn % len(candidates)]
-    st.send(successor, TakeOver(st.view.holder_key, st.lost_keys))
+    st.send(successor, TakeOver(st.view.holder_key, tuple(st.unproven)[-KEYS_PER_MESSAGE:]))
     if st.me in st.asked:
         st.send(successor, EvictAsked(st.me, st.asked[st.me]))
 

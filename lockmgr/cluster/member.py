@@ -8,6 +8,7 @@ the I/O that a procedure waits for; then the procedure goes on, or the next one 
     succession.open_paths    whenever it has no control session
     succession.take_over     when the reservation should change hands, to this node
     coordinator.serve        in office, when the view should change
+    proof.fence              in office, when lost paths of members are to be fenced
     leave.*                  when it wants to go
 
 Everything that another node must learn is said again with every tick until the view shows it, so
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from random import Random
 
+from lockmgr.cluster import proof
 from lockmgr.cluster.beating import Beating
 from lockmgr.cluster.blocks import Identity
 from lockmgr.cluster.coordinator import duties, is_serving, keep_books, refuse, serve
@@ -119,6 +121,7 @@ class Member:
         try:
             self._take(event)
             self._go_on()
+            proof.tell(st)
         except Stopped as stopped:
             self._stop(stopped.reason, stopped.words)
         except PathGone as error:
@@ -207,9 +210,10 @@ class Member:
         st = self.state
         if not keys or st.me is None or st.path_key in keys:
             st.lose_path()
-        # Else it is said late, of paths that this node knows are lost: new ones may be opening.
-        if st.path_key == 0:
-            st.lost_keys = tuple(dict.fromkeys((*st.lost_keys, *keys)))
+        # Else it is of paths that this node knows are lost, or that were not opened to the end.
+        elif proof.is_news(st, keys) and st.path_key:
+            st.lose_path()  # new paths may have been said to be ready too early
+        proof.lost(st, keys)
 
     def _done(self, op: int, outcome: Outcome) -> None:
         if op not in self._outstanding:
@@ -231,6 +235,7 @@ class Member:
         if is_late(st):
             raise stop_late()
         self._suspect()
+        st.asked_to_fence = None
         keep_books(st)
         refuse(st)
         name_successor(st)
@@ -304,7 +309,9 @@ class Member:
         if leaving and not others(st, st.current):
             return park(st)
         changes = duties(st, st.current)
-        return serve(st, changes) if changes else None
+        if changes:
+            return serve(st, changes)
+        return proof.fence(st) if proof.is_due(st) else None
 
     # -- invariants ----------------------------------------------------------------------------
     def check(self) -> None:

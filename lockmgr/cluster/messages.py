@@ -8,8 +8,12 @@ answer asks again, of whoever is coordinator then, until the view shows it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from lockmgr.cluster.view import NodeId, View
+
+KEYS_PER_MESSAGE: Final = 32
+"""A node that has lost more paths asks for the rest when these are fenced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class TakeOver:
 
     holder_key: int
     lost_keys: tuple[int, ...] = ()
-    """Of the sender's paths that are lost: fence them too."""
+    """Of the sender's paths that are lost: fence them too. `KEYS_PER_MESSAGE` at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,22 @@ class YouHold:
     """From whom that key has deposed: look at the reservation."""
 
     holder_key: int
+
+
+@dataclass(frozen=True, slots=True)
+class FenceAsked:
+    """To the coordinator, from a member that has new paths: nothing of the lost ones with these
+    keys may come any more."""
+
+    keys: tuple[int, ...]
+    """The sender's own; `KEYS_PER_MESSAGE` at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """To who asked: nothing of the paths with these keys is on its way, and nothing can come."""
+
+    keys: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +125,8 @@ Message = (
     Announce
     | TakeOver
     | YouHold
+    | FenceAsked
+    | Fenced
     | AskLease
     | LeaseGiven
     | Leave

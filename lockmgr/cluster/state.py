@@ -10,7 +10,9 @@ invariants (`check`):
 - a node is coordinator only with an open control session whose key the installed view names as
   holder, and only after it has read the view under that reservation;
 - the installed view lists this node, and its epoch never goes back;
-- ``current``, what the LUN has as far as a holder knows, is not older than the installed view.
+- ``current``, what the LUN has as far as a holder knows, is not older than the installed view;
+- the key of the open control session is not among those whose paths are lost, and what was said to
+  be ready has nothing unproven behind it.
 """
 
 from __future__ import annotations
@@ -75,13 +77,22 @@ class NodeState:
     """Grows whenever the session that procedures use is lost or replaced."""
     path_key: int = 0
     """Of the open control session; 0: there is none."""
-    lost_keys: tuple[int, ...] = ()
     lost_at: float = float("-inf")
     opened_at: float = 0.0
     holds: bool = False
     """The last word of the target: the control session's key holds."""
     may_write: bool = False
     """The view was read on this session under a reservation."""
+    unproven: dict[int, None] = field(default_factory=dict)
+    """Keys of lost paths of which something may still come, the oldest first."""
+    lost_keys: set[int] = field(default_factory=set)
+    """Of every own path that was ever lost."""
+    unnamed: set[int] = field(default_factory=set)
+    """Control sessions' keys that are lost, and that no `PathLost` has named yet."""
+    ready_key: int = 0
+    """The last that `PathsReady` was said of."""
+    asked_to_fence: tuple[NodeId, tuple[int, ...]] | None = None
+    """Who was asked since the last tick, and for what."""
     generation: int = 0
     """The greatest PRGENERATION since the target's last restart."""
 
@@ -115,6 +126,10 @@ class NodeState:
     over_at: dict[NodeId, float] = field(default_factory=dict)
     cleared: set[NodeId] = field(default_factory=set)
     lagging: set[NodeId] = field(default_factory=set)
+    to_fence: dict[NodeId, tuple[int, ...]] = field(default_factory=dict)
+    """Keys of their own that members want fenced."""
+    fenced_for: dict[NodeId, frozenset[int]] = field(default_factory=dict)
+    """Those that this node has fenced on request."""
     admissions: Admissions = field(init=False)
     thawed: int = -1
 
@@ -203,7 +218,9 @@ class NodeState:
         """The session that procedures use is gone."""
         self.session += 1
         if self.path_key:
-            self.lost_keys = (*self.lost_keys, self.path_key)
+            self.lost_keys.add(self.path_key)
+            self.unproven[self.path_key] = None
+            self.unnamed.add(self.path_key)
             self.lost_at = self.now
         self.path_key = 0
         self.holds = self.may_write = False
@@ -244,6 +261,9 @@ class NodeState:
             assert self.holds and self.path_key in self.own_keys
             assert self.coordinator == self.me
         assert not self.holds or self.path_key
+        assert self.path_key not in self.lost_keys
+        assert self.lost_keys.issuperset(self.unproven)
+        assert not self.path_key or self.ready_key != self.path_key or not self.unproven
         assert not self.may_write or self.path_key
         if self.judge is not None:
             self.judge.check(self.now)

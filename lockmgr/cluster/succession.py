@@ -6,7 +6,8 @@ open        OpenPaths; the view does not list this node: it is over
               another's key, though the view names this node: deposed; back off, and tell it
 take over   1  Survey: who holds, and is that one to be deposed?
             2  Take: an atomic compare-and-swap. Lost: back off
-take office 3  Fence the old holder's lost paths: nothing that it wrote is on its way any more
+take office 3  Fence the old holder's lost paths, and the own: nothing that was written over them is
+               on its way any more
             4  Survey: the view, current now for good. Not listed: write nothing, leave
             5  `coordinator.publish`: one view with the new holder and without those who go
 """
@@ -16,9 +17,11 @@ from __future__ import annotations
 from lockmgr.cluster.change import Changes, next_view
 from lockmgr.cluster.coordinator import duties, look, publish, replayers, silent
 from lockmgr.cluster.effects import Fence, OpenPaths, Reserve, StopReason, Survey, Take
+from lockmgr.cluster.errors import MembershipViolation
 from lockmgr.cluster.judge import Judge
 from lockmgr.cluster.messages import YouHold
 from lockmgr.cluster.outcomes import Lost, Opened, Surveyed, TakeAnswer, Won
+from lockmgr.cluster.proof import proven
 from lockmgr.cluster.state import NodeState, PathGone, Pause, Steps, Stopped
 from lockmgr.cluster.view import NodeId, View
 
@@ -50,7 +53,10 @@ def open_once(st: NodeState) -> Steps[Surveyed]:
     survey = opened.survey
     st.own_keys.add(opened.key)
     check_listed(st, survey.view)
-    st.path_key, st.lost_keys, st.opened_at = opened.key, (), st.now
+    if st.unnamed:
+        keys = ", ".join(f"{key:#x}" for key in sorted(st.unnamed))
+        raise MembershipViolation(f"new paths before PathLost has named those with {keys}")
+    st.path_key, st.opened_at = opened.key, st.now
     if st.judge is None:
         st.judge = Judge(st.me, st.settings, st.watch)
         st.judge.set_nodes(survey.view.listed, st.now, survey.view.joining)
@@ -207,7 +213,8 @@ def take_office(st: NodeState, old_key: int) -> Steps[None]:
     """Steps 3 to 5, by who holds the reservation."""
     assert st.me is not None and st.judge is not None
     old = st.keys.owner(old_key)
-    keys = [old_key] if old_key and old_key != st.path_key else []
+    own = tuple(st.unproven)
+    keys = [old_key, *own] if old_key and old_key != st.path_key else [*own]
     nodes: tuple[NodeId, ...] = ()
     if st.named is not None and st.named.holder_key == old_key:
         keys.extend(key for key in st.named.lost_keys if key not in keys)
@@ -215,7 +222,8 @@ def take_office(st: NodeState, old_key: int) -> Steps[None]:
         nodes = (old,)
     st.named = None
     stragglers = silent(st, st.current) if st.current is not None else ()
-    yield from st.do(Fence(st.op(), tuple(keys), nodes, stragglers))
+    yield from st.do(Fence(st.op(), tuple(dict.fromkeys(keys)), nodes, stragglers))
+    proven(st, own)
     survey = yield from st.ask(Survey(st.op()), Surveyed)
     check_listed(st, survey.view)
     note_survey(st, survey)

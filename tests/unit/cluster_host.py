@@ -9,6 +9,7 @@ from lockmgr.cluster.blocks import Identity
 from lockmgr.cluster.effects import Effect, IoEffect, Stop
 from lockmgr.cluster.events import Done, Event, Tick
 from lockmgr.cluster.member import Member
+from lockmgr.cluster.messages import Message
 from lockmgr.cluster.view import NodeId
 from tests.unit.cluster_lun import KEYS, Session
 
@@ -41,6 +42,9 @@ class Host:
         self.outstanding: dict[int, IoEffect] = {}
         self.unanswered: set[int] = set()
         """Ops whose session broke: their answer is `Unknown`, whatever the target says."""
+        self.sent: list[tuple[float, NodeId, Message]] = []
+        self.ready: list[int] = []
+        """Keys of the control sessions whose paths were said to be ready."""
         self.hold_view = False
         """The next view write is admitted, and lands when somebody drains the target."""
 
@@ -65,6 +69,10 @@ class Host:
             for t, effect in self.log
             if isinstance(effect, kind) and (node is None or getattr(effect, "node", None) == node)
         ]
+
+    def said(self, kind: type[Message]) -> list[tuple[float, NodeId, Message]]:
+        """When, to whom and what, of the messages of a kind; seconds since the world began."""
+        return [(round(t - BEGIN_S, 3), to, m) for t, to, m in self.sent if isinstance(m, kind)]
 
     # -- what happens to it ----------------------------------------------------------------------
     def give(self, event: Event) -> None:

@@ -26,6 +26,7 @@ from lockmgr.cluster.effects import (
     LeaseUntil,
     OpenNewcomer,
     OpenPaths,
+    PathsReady,
     ReadBlocks,
     ReplayWanted,
     Reserve,
@@ -237,6 +238,8 @@ class World:
                 for session in host.sessions():
                     session.alive = False
                 host.newcomer = host.control = host.data = None
+            case PathsReady(key):
+                self._ready(host, key)
             case LeaseUntil():
                 pass
             case _:
@@ -256,6 +259,16 @@ class World:
             epoch = view.lock_epoch
             self.at(self.now + RECOVERY_S, lambda: host.give(LocksThawed(epoch)))
 
+    def _ready(self, host: Host, key: int) -> None:
+        # holds: once for each of its paths, while they are open, under a reservation that listed it
+        assert host.control is not None and host.control.key == key, self.story()
+        assert key not in host.ready, self.story()
+        host.ready.append(key)
+        # holds: nothing of its earlier paths may come any more
+        for session in self.lun.registered:
+            if session not in (host.control, host.data):
+                assert KEYS.owner(session.key) != host.member.node, self.story()
+
     def _may_be_granted(self, node: NodeId) -> None:
         for other in self.hosts:
             if other.member.node == node and not other.dead and other.stopped is None:
@@ -263,6 +276,7 @@ class World:
                 assert other.member.lease_until < self.now, self.story()
 
     def _send(self, host: Host, peer: NodeId, message: Message) -> None:
+        host.sent.append((self.now, peer, message))
         for other in self.hosts:
             is_peer = (
                 other.newcomer is not None and other.newcomer.key == peer.incarnation
@@ -331,7 +345,14 @@ class World:
         return Good(self._command(host, session, effect))
 
     def _open_paths(self, host: Host, node: NodeId) -> Outcome:
-        host.drop_paths()
+        if host.control is not None:
+            keys = tuple(s.key for s in (host.control, host.data) if s is not None)
+            host.drop_paths()
+            host.give(PathLost(keys))
+        return self.open_without_a_word(host, node)
+
+    def open_without_a_word(self, host: Host, node: NodeId) -> Outcome:
+        """New paths at the target; nobody is told of what became of those before."""
         host.generation += 2
         host.control = self.lun.register(KEYS.path(node, host.generation - 1))
         host.data = self.lun.register(KEYS.path(node, host.generation))

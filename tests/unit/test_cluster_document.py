@@ -18,7 +18,7 @@ TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_cl
 MODULES = (
     *("view", "blocks", "messages", "events", "effects", "outcomes", "cliques", "judge", "lease"),
     *("change", "admission", "newcomer", "succession", "coordinator", "leave", "install"),
-    *("state", "beating", "hearsay", "member", "settings"),
+    *("proof", "state", "beating", "hearsay", "member", "settings"),
 )
 
 
