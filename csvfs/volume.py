@@ -10,9 +10,9 @@ what it raises, is said where it is done:
     data           read, write, fsync
     recovery       recover
 
-Concurrency: any number of tasks may call anything. Three background tasks belong to a volume: the
-store's (`csvfs.journal.journal`), the reclaimer (`csvfs.data.reclaim`), and the reader of free
-space (`csvfs.engine.space`).
+Concurrency: any number of tasks may call anything. Four background tasks belong to a volume: the
+store's (`csvfs.journal.journal`), the reclaimer (`csvfs.data.reclaim`), the reader of free space
+(`csvfs.engine.space`), and the one that waits for orphans (`csvfs.namespace.orphans`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from csvfs.data.device import DataDevice, told
 from csvfs.data.path import DataPath
 from csvfs.data.reclaim import Reclaimer
 from csvfs.data.truncation import Truncation
-from csvfs.engine.change import ChangeScope, ReclaimSignal
+from csvfs.engine.change import ChangeScope, OrphanQueue, ReclaimSignal
 from csvfs.engine.engine import Engine
 from csvfs.engine.lock_owner import LockAdapter, LockOwner
 from csvfs.engine.locks import FLUSHED_PREFIXES, Resources
@@ -42,6 +42,7 @@ from csvfs.namespace.inode_table import InodeTable
 from csvfs.namespace.metadata import Metadata
 from csvfs.namespace.names import Namespace
 from csvfs.namespace.open_files import OpenFiles
+from csvfs.namespace.orphans import Orphans
 from csvfs.namespace.rename import Renamer
 from csvfs.ondisk.block import BLOCK_BYTES, BLOCKS_PER_UNIT
 from csvfs.ondisk.superblock import Superblock
@@ -103,7 +104,8 @@ class Volume:
         self.listxattr = metadata.listxattr
         self.removexattr = metadata.removexattr
 
-        files = OpenFiles(self.engine, truncation)
+        self.orphans = Orphans(self.engine)
+        files = OpenFiles(self.engine, truncation, self.orphans)
         self.open = files.open
         self.create = files.create
         self.release = files.release
@@ -214,12 +216,13 @@ async def open_volume(
             locks.register_owner(prefix, owner)
         groups = Groups(geometry, resources)
         scope = ChangeScope(
-            geometry, resources, groups, table, slot, options.clock, ReclaimSignal()
+            geometry, resources, groups, table, slot, options.clock, ReclaimSignal(), OrphanQueue()
         )
         volume = Volume(VolumeParts(device, store, locks, scope, superblock.unmap_allowed))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(volume.reclaimer.run)
             nursery.start_soon(volume.space.run)
+            nursery.start_soon(volume.orphans.run)
             yield volume
             if volume.failure is None:
                 await volume.close()

@@ -23,8 +23,9 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from random import Random
-from typing import Any, Final, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import trio
 
@@ -41,12 +42,24 @@ from lockmgr.ranges_messages import Carried
 from lockmgr.settings import Settings
 from redirector.block.device import BlockDevice, BlockError, InitiatorPort
 from redirector.block.simulated import SimulatedDevice, SimulatedLun
+from tests.crash import deterministic_run
 from tests.simulated_volume import LUN_BYTES, PORT, formatted
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 DELAYS_S: Final = (0.0, 0.0, 0.0001, 0.0005, 0.002)
 """How long a message or a view may be on its way."""
+
+
+def in_virtual_time(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """A test that takes no time, and goes the same way whenever it runs."""
+
+    @wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        deterministic_run(lambda: test(*args, **kwargs), 0)
+
+    return run
 
 
 class NodeDied(Exception):
@@ -69,7 +82,8 @@ class Node:
     locks: LockManager = field(init=False)
     ready: trio.Event = field(default_factory=trio.Event)
     """The lock manager is there: messages may be delivered."""
-    views: deque[ViewChanged] = field(default_factory=deque)
+    news: deque[Callable[[LockManager], None]] = field(default_factory=deque)
+    """What the membership tells it, in order."""
     _calls: set[trio.CancelScope] = field(default_factory=set)
 
     @property
@@ -175,21 +189,24 @@ class Cluster:
 
     def _announce(self) -> None:
         members = tuple(sorted(node.number for node in self.nodes))
-        unreplayed = frozenset(self._unreplayed)
+        view = ViewChanged(self._epoch, members, members[0], frozenset(self._unreplayed))
+        self._say(lambda locks: locks.view_changed(view))
+
+    def _say(self, what: Callable[[LockManager], None]) -> None:
+        """To every node, behind what it was told before; each hears it when it does."""
         for node in self.nodes:
-            view = ViewChanged(self._epoch, members, members[0], unreplayed)
-            node.views.append(view)
-            if len(node.views) == 1:
+            node.news.append(what)
+            if len(node.news) == 1:
                 self._nursery.start_soon(self._tell, node)
 
     async def _tell(self, node: Node) -> None:
-        while node.views:
+        while node.news:
             await trio.sleep(self._rng.choice(DELAYS_S))
             await node.ready.wait()
             if node.dead:
                 return
-            node.locks.view_changed(node.views[0])
-            node.views.popleft()
+            node.news[0](node.locks)
+            node.news.popleft()
 
     @property
     def coordinator(self) -> Node:
@@ -312,31 +329,24 @@ class Cluster:
                     break
                 except NodeDied:
                     continue
+        self._unreplayed.pop(victim.number)
         self._recoveries -= 1
         self._recovered.set()
         self._recovered = trio.Event()
 
     async def _clear(self, _survivor: Node, victim: Node) -> None:
         """Its lease is over."""
-        await self._say(lambda locks: locks.cleared([victim.number]))
+        await trio.sleep(self._rng.choice(DELAYS_S))
+        self._say(lambda locks: locks.cleared([victim.number]))
 
     async def _replay(self, survivor: Node, victim: Node) -> None:
         await survivor.call(
             replay_slot, survivor.device, self.superblock, victim.slot, victim.incarnation
         )
-        self._unreplayed.pop(victim.number)
-        await self._say(lambda locks: locks.replayed([victim.number]))
+        self._say(lambda locks: locks.replayed([victim.number]))
 
     async def _recover(self, survivor: Node, victim: Node) -> None:
         await survivor.call(survivor.volume.recover, victim.slot)
-
-    async def _say(self, what: Callable[[LockManager], None]) -> None:
-        """To every node: who is not the coordinator keeps it for when it is."""
-        for node in list(self.nodes):
-            await trio.sleep(self._rng.choice(DELAYS_S))
-            await node.ready.wait()
-            if not node.dead:
-                what(node.locks)
 
     # -- what there is ---------------------------------------------------------------------
     def check(self) -> None:

@@ -12,6 +12,7 @@ the same transaction, and a background task frees them once that is stable (`csv
 from __future__ import annotations
 
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,25 @@ class ReclaimSignal:
         self._event = trio.Event()
 
 
+class OrphanQueue:
+    """Names inodes of this slot's orphan list that nobody of this node uses: others may."""
+
+    def __init__(self) -> None:
+        self._inos: deque[int] = deque()
+        self._event = trio.Event()
+
+    def add(self, ino: int) -> None:
+        self._inos.append(ino)
+        self._event.set()
+
+    async def next(self) -> int:
+        """One that was added, each as often as it was."""
+        while not self._inos:
+            self._event = trio.Event()
+            await self._event.wait()
+        return self._inos.popleft()
+
+
 @dataclass(frozen=True, slots=True)
 class ChangeScope:
     """What all changes of one mounted volume share."""
@@ -86,6 +106,7 @@ class ChangeScope:
     clock: Callable[[], int]
     """Now, in ns since the epoch."""
     reclaim: ReclaimSignal
+    orphans: OrphanQueue
 
 
 class Change:
@@ -253,7 +274,10 @@ class Change:
 
     # -- the slot's lists ----------------------------------------------------------------------
     def add_orphan(self, inode: Inode, kind: OrphanKind) -> None:
-        """Note what a crash must not make forgotten. An OPEN entry replaces a TRUNCATE one."""
+        """Note what a crash must not make forgotten. An OPEN entry replaces a TRUNCATE one.
+
+        One that nobody of this node uses is to be watched: others do.
+        """
         orphans = self.orphan_list()
         value = ORPHAN_VALUE.pack(kind, inode.generation, 0)
         if orphans.get(inode.ino) is None:
@@ -265,6 +289,8 @@ class Change:
 
             def follow() -> None:
                 state.orphan = True
+                if not state.known:
+                    self.scope.orphans.add(inode.ino)
 
             self.tx.after_merge(follow)
 

@@ -3,7 +3,8 @@
 Replay brings every block to a state between two transactions. Where an operation takes several,
 the slot's orphan list says which inodes are in between:
 
-    OPEN        lost its last name while somebody had it open: nobody of that node has any more
+    OPEN        lost its last name while somebody had it open: nobody of that node has any more,
+                and who has it elsewhere is waited for by the node that recovers the slot
     TRUNCATE    got its new size, but not all units behind it were taken out
 
 Then the slot's reclaim list is emptied as if nothing had happened.
@@ -25,6 +26,7 @@ from csvfs.engine.change import Change
 from csvfs.engine.engine import Engine, Held
 from csvfs.errors import Damaged, NotFound, StaleInode
 from csvfs.journal.transaction import BlockReader
+from csvfs.namespace.inode import Inode
 from csvfs.ondisk.inode import ORPHAN_VALUE, OrphanKind
 from lockmgr.modes import Mode
 
@@ -45,7 +47,9 @@ class Recovered(NamedTuple):
     retired: int
     trimmed: int
     left: int
-    """Orphans that are damaged, or that another node has open."""
+    """Orphans that are damaged."""
+    adopted: int = 0
+    """Orphans that another node has open: on this slot's list from now on."""
 
 
 class Recovery:
@@ -58,7 +62,7 @@ class Recovery:
 
     async def recover(self, slot: int) -> Recovered:
         """Raises `Damaged` if the list itself cannot be read, `VolumeFailed`."""
-        retired = trimmed = left = 0
+        retired = trimmed = left = adopted = 0
         for orphan in await self._orphans(slot):
             try:
                 if orphan.kind == OrphanKind.TRUNCATE:
@@ -67,7 +71,7 @@ class Recovery:
                 elif await self._retire(orphan, slot):
                     retired += 1
                 else:
-                    left += 1
+                    adopted += 1
             except (Damaged, NotFound, StaleInode) as error:
                 _log.error("orphan %d of slot %d stays: %s", orphan.ino, slot, error)
                 left += 1
@@ -75,7 +79,7 @@ class Recovery:
             self._engine.scope.reclaim.set()
         else:
             await self._reclaimer.drain(slot)
-        return Recovered(retired, trimmed, left)
+        return Recovered(retired, trimmed, left, adopted)
 
     async def _orphans(self, slot: int) -> list[Orphan]:
         engine = self._engine
@@ -103,14 +107,17 @@ class Recovery:
         )
 
     async def _retire(self, orphan: Orphan, slot: int) -> bool:
-        """Put it onto *this* slot's reclaim list; False if another node has it open."""
+        """Put it onto *this* slot's reclaim list; False if another node has it open.
 
-        def body(change: Change) -> None:
+        Then it stands on this slot's orphan list, and this node retires it.
+        """
+
+        def unnamed(change: Change) -> Inode:
             inode = change.inode(orphan.ino)
             if inode.nlink:
                 raise Damaged(f"inode {orphan.ino} is an orphan and has {inode.nlink} names")
             change.remove_orphan(orphan.ino, slot)
-            change.bury(inode)
+            return inode
 
         engine = self._engine
         async with (
@@ -118,7 +125,12 @@ class Recovery:
             engine.last_user(state) as unused,
         ):
             if unused:
-                await engine.change(body, privileged=True)
+                await engine.change(lambda change: change.bury(unnamed(change)), privileged=True)
+            else:
+                await engine.change(
+                    lambda change: change.add_orphan(unnamed(change), OrphanKind.OPEN),
+                    privileged=True,
+                )
             return unused
 
     def _locked(self, orphan: Orphan) -> Held:

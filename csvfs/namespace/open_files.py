@@ -1,9 +1,8 @@
-"""Who has what open, what the kernel knows of, and the end of inodes that lost their last name.
+"""Who has what open, and what the kernel knows of.
 
 Theory. An inode without a name lives on while a handle or a lookup of the kernel refers to it
-(POSIX unlink). It stands on this slot's orphan list then, so that a crash does not forget it. The
-last close or forget *retires* it: one transaction takes it off the orphan list and puts it onto
-the reclaim list.
+(POSIX unlink). It stands on a slot's orphan list then, so that a crash does not forget it. The
+last close or forget *retires* it (`csvfs.namespace.orphans`).
 
 Other nodes may have it open, too. So each node holds the inode's *open lock* in PR from its first
 open to its last release, and an inode is retired only by a node that gets that lock EX.
@@ -22,13 +21,13 @@ import stat
 from typing import Final
 
 from csvfs.data.truncation import Truncation
-from csvfs.engine.change import Change
 from csvfs.engine.engine import Engine
 from csvfs.errors import InvalidArgument, IsADirectory, NameExists
 from csvfs.namespace.handle import Handle
 from csvfs.namespace.inode import Attributes, attributes_of, check_name
 from csvfs.namespace.inode_table import InodeState
 from csvfs.namespace.names import find_locked, make_entry, require_directory
+from csvfs.namespace.orphans import Orphans
 from lockmgr.modes import Mode
 
 _log: Final = logging.getLogger("csvfs.inodes")
@@ -39,9 +38,10 @@ _PERMISSIONS: Final = 0o7777
 class OpenFiles:
     """Handles and lookup counts. Methods raise `csvfs.errors.FilesystemError` and its kinds."""
 
-    def __init__(self, engine: Engine, truncation: Truncation) -> None:
+    def __init__(self, engine: Engine, truncation: Truncation, orphans: Orphans) -> None:
         self._engine = engine
         self._truncation = truncation
+        self._orphans = orphans
         self._table = engine.table
 
     # -- opening -----------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class OpenFiles:
     async def release(self, handle: Handle) -> None:
         """The last close of what `open` or `create` gave."""
         if self._detach(handle):
-            await self.retire(handle.ino)
+            await self._orphans.retire(handle.ino)
 
     def _detach(self, handle: Handle) -> bool:
         """Uncount a handle; True if it was the last user of an inode without a name."""
@@ -151,7 +151,7 @@ class OpenFiles:
             return
         state.lookups -= count
         if state.orphan and not state.known:
-            await self.retire(ino)
+            await self._orphans.retire(ino)
 
     async def forget_all(self) -> None:
         """The kernel is gone: every handle and lookup with it."""
@@ -161,18 +161,4 @@ class OpenFiles:
                 state.open_lock.release()
                 state.open_lock = None
             if state.orphan:
-                await self.retire(state.ino)
-
-    # -- the end of an inode -------------------------------------------------------------------
-    async def retire(self, ino: int) -> None:
-        """Put an orphan that nobody of this node uses onto the reclaim list, unless another node
-        has it open."""
-        engine = self._engine
-        async with engine.alone(ino) as state, engine.last_user(state) as unused:
-            if state.orphan and unused:
-                await engine.change(lambda change: _retire(change, ino), privileged=True)
-
-
-def _retire(change: Change, ino: int) -> None:
-    change.remove_orphan(ino)
-    change.bury(change.inode(ino))
+                await self._orphans.retire(state.ino)

@@ -10,12 +10,11 @@ import pytest
 import trio
 
 from csvfs.errors import NotFound
-from tests.cluster_volumes import NodeDied, cluster_volumes
+from tests.cluster_volumes import NodeDied, cluster_volumes, in_virtual_time
 from tests.simulated_volume import RDWR, ROOT, UNIT, create, mkdir, names
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
+@in_virtual_time
 async def test_what_one_node_makes_all_others_see() -> None:
     async with cluster_volumes(3) as cluster:
         one, two, three = cluster.nodes
@@ -34,6 +33,7 @@ async def test_what_one_node_makes_all_others_see() -> None:
         await one.volume.release(handle)
 
 
+@in_virtual_time
 async def test_a_node_that_dies_leaves_what_it_had_synced() -> None:
     async with cluster_volumes(2) as cluster:
         one, two = cluster.nodes
@@ -50,6 +50,7 @@ async def test_a_node_that_dies_leaves_what_it_had_synced() -> None:
         assert b"f" in await names(again.volume)
 
 
+@in_virtual_time
 async def test_calls_of_a_node_that_dies_end() -> None:
     async with cluster_volumes(2) as cluster:
         one, two = cluster.nodes
@@ -70,6 +71,7 @@ async def test_calls_of_a_node_that_dies_end() -> None:
         assert b"after" in await names(two.volume)
 
 
+@in_virtual_time
 async def test_directories_of_one_are_listed_by_another_while_names_come_and_go() -> None:
     async with cluster_volumes(2) as cluster:
         one, two = cluster.nodes
@@ -102,6 +104,7 @@ async def test_directories_of_one_are_listed_by_another_while_names_come_and_go(
             done = True
 
 
+@in_virtual_time
 async def test_what_another_node_removed_is_gone_here() -> None:
     async with cluster_volumes(2) as cluster:
         one, two = cluster.nodes
@@ -115,3 +118,39 @@ async def test_what_another_node_removed_is_gone_here() -> None:
             await two.volume.lookup(ROOT, b"f")
         with pytest.raises(NotFound):
             await two.volume.getattr(found.ino)
+
+
+@pytest.mark.parametrize("end", ["close", "crash of the holder", "leave", "crash", "crash first"])
+@in_virtual_time
+async def test_a_file_that_is_open_on_another_node_outlives_its_name(end: str) -> None:
+    """Whichever way the two nodes go, the file can be read until then, and nothing is left."""
+    async with cluster_volumes(3) as cluster:
+        one, two, three = cluster.nodes
+        handle = await create(one.volume, b"f")
+        await one.volume.write(handle, 0, b"x" * UNIT)
+        await two.volume.unlink(ROOT, b"f")
+        if end == "crash first":
+            await two.volume.sync()
+            await cluster.kill(two)
+        elif end == "leave":
+            await cluster.leave(two)
+        await trio.sleep(1)
+        await one.volume.write(handle, UNIT, b"y" * UNIT)
+        assert bytes(await one.volume.read(handle, 0, 3 * UNIT)) == b"x" * UNIT + b"y" * UNIT
+        assert (await one.volume.getattr(handle.ino)).nlink == 0
+        if end == "crash of the holder":
+            await one.volume.sync()
+            await cluster.kill(one)
+        elif end == "crash":
+            await one.volume.sync()
+            await two.volume.sync()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cluster.kill, one)
+                nursery.start_soon(cluster.kill, two)
+        else:
+            await one.volume.release(handle)
+            await one.volume.forget(handle.ino, 1)
+        await trio.sleep(10)  # the commit that the reclaimer waits for
+        freed = [node.volume.reclaimer.units_freed for node in cluster.nodes]
+        assert sum(freed) == 2, freed
+        assert three.volume.failure is None
