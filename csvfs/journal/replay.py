@@ -32,7 +32,7 @@ from csvfs.journal.record import JournalPlace, Record, parse_record, peek_record
 from csvfs.journal.store import JournalStart
 from csvfs.ondisk.block import BLOCK_BYTES, BadBlock, BlockType, block_type, block_version, verify
 from csvfs.ondisk.journal import JOURNAL_HEADER_BLOCKS, JournalHeader
-from redirector.block.device import BlockDevice, MediumError
+from redirector.block.device import BlockIO, MediumError
 
 READ_AHEAD_BLOCKS: Final = 64
 
@@ -155,7 +155,7 @@ def _find(
 
 
 # -- I/O -----------------------------------------------------------------------------------------
-async def read_header(device: BlockDevice, place: JournalPlace) -> tuple[JournalHeader, int]:
+async def read_header(device: BlockIO, place: JournalPlace) -> tuple[JournalHeader, int]:
     """The newest valid journal header and its version. Raises `BadBlock` if there is none."""
     data = await device.read(place.address * BLOCK_BYTES, JOURNAL_HEADER_BLOCKS * BLOCK_BYTES)
     newest: tuple[JournalHeader, int] | None = None
@@ -183,7 +183,7 @@ async def read_header(device: BlockDevice, place: JournalPlace) -> tuple[Journal
 
 
 async def initialise_journal(
-    device: BlockDevice, place: JournalPlace, incarnation: int, *, first_sequence: int = 1
+    device: BlockIO, place: JournalPlace, incarnation: int, *, first_sequence: int = 1
 ) -> JournalStart:
     """Write both headers of an empty journal: a slot's first use. Stable on return.
 
@@ -196,7 +196,7 @@ async def initialise_journal(
     return JournalStart(next_sequence=first_sequence, header_version=versions[-1])
 
 
-async def plan_replay(device: BlockDevice, place: JournalPlace) -> ReplayPlan:
+async def plan_replay(device: BlockIO, place: JournalPlace) -> ReplayPlan:
     """What `replay` would apply; writes nothing. Raises as it does."""
     header, _ = await read_header(device, place)
     plan = ReplayPlan()
@@ -204,7 +204,7 @@ async def plan_replay(device: BlockDevice, place: JournalPlace) -> ReplayPlan:
     return plan
 
 
-async def replay(device: BlockDevice, place: JournalPlace, incarnation: int) -> ReplayReport:
+async def replay(device: BlockIO, place: JournalPlace, incarnation: int) -> ReplayReport:
     """Bring home what the journal holds and leave it empty, for ``incarnation`` to go on.
 
     Idempotent; a crash during it is harmless. Raises `BadBlock` if no header is valid,
@@ -238,7 +238,7 @@ async def replay(device: BlockDevice, place: JournalPlace, incarnation: int) -> 
 
 
 async def _write_header(
-    device: BlockDevice, place: JournalPlace, header: JournalHeader, version: int
+    device: BlockIO, place: JournalPlace, header: JournalHeader, version: int
 ) -> None:
     address = place.header_address(version)
     block = header.encode(place.volume_id, address, version)
@@ -246,7 +246,7 @@ async def _write_header(
 
 
 async def _read_ring(
-    device: BlockDevice, place: JournalPlace, reader: Generator[Span, memoryview, Span]
+    device: BlockIO, place: JournalPlace, reader: Generator[Span, memoryview, Span]
 ) -> Span:
     """Serve the spans that ``reader`` asks for, reading ahead: records lie one behind the other."""
     start, window = 0, memoryview(b"")
@@ -265,7 +265,7 @@ async def _read_ring(
         return result
 
 
-async def _older_homes(device: BlockDevice, volume_id: bytes, plan: ReplayPlan) -> set[int]:
+async def _older_homes(device: BlockIO, volume_id: bytes, plan: ReplayPlan) -> set[int]:
     """Which of the planned blocks are to be written."""
     older = {address for address, image in plan.blocks.items() if image.fresh}
 

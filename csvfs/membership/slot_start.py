@@ -14,7 +14,7 @@ from csvfs.format import Geometry, Superblock, byte_offset, new_block, seal
 from csvfs.journal.record import JournalPlace
 from csvfs.journal.replay import ReplayReport, initialise_journal, replay
 from csvfs.journal.store import JournalStart
-from redirector.block.device import BlockDevice
+from redirector.block.device import BlockIO
 
 _log = logging.getLogger("csvfs.journal.replay")
 
@@ -28,7 +28,7 @@ def journal_place(superblock: Superblock, slot: int) -> JournalPlace:
 
 
 async def begin_slot(
-    device: BlockDevice, superblock: Superblock, slot: int, incarnation: int
+    device: BlockIO, superblock: Superblock, slot: int, incarnation: int
 ) -> JournalStart:
     """Write what a slot's first node finds: empty lists, an empty journal. Stable on return."""
     for root in _lists(superblock.geometry, slot):
@@ -41,7 +41,7 @@ async def begin_slot(
 
 
 async def replay_slot(
-    device: BlockDevice, superblock: Superblock, slot: int, incarnation: int
+    device: BlockIO, superblock: Superblock, slot: int, incarnation: int
 ) -> ReplayReport:
     """Replay a slot's journal, and say in the log what that did. Raises as `replay` does."""
     report = await replay(device, journal_place(superblock, slot), incarnation)
