@@ -6,7 +6,7 @@
     fail    the volume cannot be written any more, or a bug: the connection is aborted with the
             reason in log and record; nothing is released, the next mount recovers
 
-    python -m csvfs.daemon EVENTS_FD DIRECTORY URL < settings
+    python -m csvfs.daemon EVENTS_FD WILL_FD DIRECTORY URL < settings
 
 started by `csvfs.supervisor`. DIRECTORY and URL are there for ps. Exit status 0 if the volume was
 left cleanly or never taken, 1 otherwise.
@@ -28,9 +28,10 @@ import trio
 
 from csvfs.host import logs, places
 from csvfs.host.admin import serve_admin
-from csvfs.host.attach import Attached, attach
+from csvfs.host.attach import Attached, Starting, attach
 from csvfs.host.events import Reporter
 from csvfs.host.hardening import give_memory_back, harden, resident_bytes
+from csvfs.host.last_will import LastWill
 from csvfs.host.notify import notify_manager
 from csvfs.host.problems import Kind, Problem, problem_of
 from csvfs.host.record import MountRecord, MountState
@@ -49,10 +50,11 @@ _SMALL_BYTES = 40 << 20
 class Daemon:
     """One life of the daemon."""
 
-    def __init__(self, settings: MountSettings, reporter: Reporter) -> None:
+    def __init__(self, settings: MountSettings, reporter: Reporter, will: LastWill) -> None:
         self._settings = settings
+        self._will = will
         self._reporter = reporter
-        self._starting = trio.CancelScope()
+        self._starting = Starting()
         self._serving: Serving | None = None
         self._ended = trio.Event()
         """The volume was left, or could not be."""
@@ -73,7 +75,9 @@ class Daemon:
         """Attach, serve, leave. What goes wrong is in ``_trouble``, and in the record."""
         record: MountRecord | None = None
         try:
-            async with attach(self._settings, self._reporter, self._starting) as attached:
+            async with attach(
+                self._settings, self._reporter, self._starting, self._will
+            ) as attached:
                 record = self._record(attached)
                 await self._serve(attached, record, nursery)
                 notify_manager("STOPPING=1")
@@ -98,7 +102,10 @@ class Daemon:
         """Serve the volume until the kernel ends the session. Only a bug escapes."""
         settings = self._settings
         serving = Serving(
-            Operations(attached.volume), settings.directory, settings.source, set(settings.options)
+            Operations(attached.volume, attached.cluster.lease),
+            settings.directory,
+            settings.source,
+            set(settings.options),
         )
         self._serving = serving
         record.write()
@@ -108,6 +115,8 @@ class Daemon:
             {
                 "status": lambda _: self._status(attached, serving, record),
                 "umount": lambda _: self._umount(serving),
+                "nodes": lambda _: _at_once(attached.nodes()),
+                "evict": lambda wanted: attached.evict(str(wanted["node"]), str(wanted["why"])),
             },
         )
         nursery.start_soon(self._watch, attached, serving)
@@ -189,6 +198,10 @@ class Daemon:
         }
 
 
+async def _at_once(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer
+
+
 def main() -> int:
     """Entry point of the daemon's process."""
     reporter = Reporter(int(sys.argv[1]))
@@ -196,7 +209,7 @@ def main() -> int:
     with logs.logging_to(logs.destination(settings.foreground), settings.password):
         harden()
         try:
-            trio.run(Daemon(settings, reporter).run)
+            trio.run(Daemon(settings, reporter, LastWill(int(sys.argv[2]))).run)
         except BaseException as error:
             problem = problem_of(error)
             if problem.kind is Kind.BUG:

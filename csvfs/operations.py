@@ -9,8 +9,8 @@ Invariants
   with it every request of every guest. `csvfs.host.answers` maps errors to errno.
 - A lookup count is raised for every entry that a reply carries, and only then ("." and ".." never).
 - A file handle number is never reused within a mount.
-- Nothing is answered without a lease: whoever was frozen may have been succeeded meanwhile, and what
-  it has cached, or has just read, is old. It is looked at last, when everything else is done.
+- Nothing is answered without a lease: whoever was frozen may have been succeeded meanwhile, and
+  what it has cached, or has just read, is old. It is looked at last, when all else is done.
 
 What pyfuse3 does not show, and what follows: write() carries no flags, so O_APPEND, O_SYNC,
 O_DSYNC and O_DIRECT count as given to open(2) (RWF_* and F_SETFL cannot be served); O_TRUNC comes

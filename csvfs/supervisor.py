@@ -4,7 +4,8 @@
 
 It holds nothing of the mount: no /dev/fuse, no session, no lock. So when the daemon ends, however
 it ends, the kernel has aborted the FUSE connection and released the daemon's lock before ``wait``
-returns; what is left to do is umount2(MNT_DETACH) of a directory that answers ENOTCONN, a record
+returns; what is left to do is to tell the other hosts that it is dead, for which they need not
+wait for its silence then; umount2(MNT_DETACH) of a directory that answers ENOTCONN, a record
 of how it ended, a line in the log. After that a plain ``csvctl mount`` works again. If the
 supervisor itself is killed, the daemon serves on, and csvctl does the same when it next looks.
 
@@ -26,6 +27,7 @@ from csvfs.host import logs
 from csvfs.host.dead_mount import bury, detach_dead_mount
 from csvfs.host.events import Reporter
 from csvfs.host.hardening import protect_from_oom
+from csvfs.host.last_will import execute, make_will_memory, read_will
 from csvfs.host.problems import Kind, Problem
 from csvfs.host.record import find_record
 
@@ -46,11 +48,13 @@ def _supervise(settings: bytes, events_fd: int, directory: str, url: str) -> int
         protect_from_oom()
     except OSError as error:
         _log.warning("the OOM killer may take the supervisor (%s)", error.strerror)
-    daemon = _start(settings, events_fd, directory, url)
+    will = make_will_memory()
+    daemon = _start(settings, events_fd, will, directory, url)
     _forward_signals(daemon)
     status = daemon.wait()
     reporter = Reporter(events_fd)
     if status != 0:
+        _execute_will(will)
         _bury(directory, _how(status))
         # Only if the daemon has not said it itself: csvctl takes the first.
         reporter.failed(Problem(Kind.ENDED, f"the daemon ended: {_how(status)}"))
@@ -58,12 +62,14 @@ def _supervise(settings: bytes, events_fd: int, directory: str, url: str) -> int
     return status if status >= 0 else 128 - status
 
 
-def _start(settings: bytes, events_fd: int, directory: str, url: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "csvfs.daemon", str(events_fd), directory, url]
+def _start(
+    settings: bytes, events_fd: int, will_fd: int, directory: str, url: str
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "csvfs.daemon", str(events_fd), str(will_fd), directory, url]
     daemon = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
-        pass_fds=[events_fd] if events_fd >= 0 else [],
+        pass_fds=[will_fd, *([events_fd] if events_fd >= 0 else [])],
     )
     if daemon.stdin is None:
         raise AssertionError("stdin is a pipe")
@@ -80,6 +86,18 @@ def _forward_signals(daemon: subprocess.Popen[bytes]) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, forward)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _execute_will(fd: int) -> None:
+    """The daemon is reaped: whoever listens may give its locks to others at once."""
+    try:
+        will = read_will(fd)
+        if will is not None and will.peers:
+            noted = execute(will)
+            _log.info("%d of %d hosts have noted that it is dead", noted, len(will.peers))
+    except Exception:
+        # They find out by its silence. The mount has to be taken away all the same.
+        _log.exception("the other hosts could not be told that the daemon is dead")
 
 
 def _how(status: int) -> str:

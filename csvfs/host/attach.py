@@ -1,216 +1,305 @@
 """A volume of a LUN, from its URL to a `Volume` that answers, and back to a LUN that is left.
 
-    lock file, claim (journals replayed meanwhile), path, lock manager, volume, recovery
+    look at the LUN, lock file; then a member: newcomer, joining (the own journal in order), active
+    lock manager, volume, and what was left undone in this slot finished
     ... the caller serves ...
-    volume closed, locks given up, journal empty, path flushed and detached, claim released
+    volume closed, locks given up, journal empty, path flushed; then the member leaves
 
 Leaving the block leaves the volume cleanly. Leaving it with an exception, or after the volume has
-failed, stops as a crash would: sessions dropped, nothing released; the next mount here recovers.
+failed, stops as a crash would: sessions dropped, nothing released. Another host replays then, or
+the next mount.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from random import SystemRandom
 from typing import Any
 
 import trio
 
 from csvfs.errors import VolumeFailed
-from csvfs.format import Superblock
 from csvfs.host import mountpoint, places
 from csvfs.host.daemon_lock import DaemonLock, daemon_lives
 from csvfs.host.events import Reporter
+from csvfs.host.last_will import LastWill, Will
+from csvfs.host.node import ClusterNode
 from csvfs.host.problems import Kind, Problem
 from csvfs.host.record import MountState, records
 from csvfs.host.settings import MountSettings
-from csvfs.journal.store import JournalStart
-from csvfs.membership.claim import Claim, ClaimRefused, claim_volume, release_volume
-from csvfs.membership.decision import Host
-from csvfs.membership.membership import ClaimMembership
-from csvfs.membership.refusals import RefuseMountedHere
-from csvfs.membership.seat import JournalTask
-from csvfs.membership.slot_start import begin_slot, replay_slot
+from csvfs.membership.arbiter import LunArbiter
+from csvfs.membership.path_keys import PathKeys
+from csvfs.membership.peek import Peeked, peek
 from csvfs.volume import Volume, open_volume
-from lockmgr.manager import open_lock_manager
-from redirector.block.device import BlockDevice
+from lockmgr.cluster.blocks import Identity
+from lockmgr.cluster.certificates import Credentials, make_credentials
+from lockmgr.cluster.peers import Address, Peer, parse_address
+from lockmgr.cluster.service import Cluster, NodeStatus, open_cluster
+from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId
+from redirector.block.device import Lun
 from redirector.block.url import open_lun
-from redirector.path import DirectPath
+from redirector.data_path import DataPath
 
 _log = logging.getLogger("csvfs.host.attach")
 
 _LEAVING_POLL_S = 0.1
+_EVICTION_LIMIT_S = 30.0
+_NOBODY_LISTENS = Address("127.0.0.1", 0)
+
+
+class Starting:
+    """What a signal ends as long as the volume is not served: waits for the LUN and for hosts."""
+
+    def __init__(self) -> None:
+        self._scope: trio.CancelScope | None = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Whatever is waited for, now or later, is not waited for."""
+        self._cancelled = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    @contextmanager
+    def stage(self) -> Iterator[None]:
+        """Raises `Problem` (INTERRUPTED) at the end of the block if it was cancelled."""
+        with trio.CancelScope() as self._scope:
+            if self._cancelled:
+                self._scope.cancel()
+            yield
+        if self._scope.cancelled_caught:
+            raise Problem(Kind.INTERRUPTED, "stopped by a signal before it was mounted")
 
 
 class Attached:
-    """A volume that this host has taken and may serve."""
+    """A volume that this host takes part in and may serve."""
 
-    def __init__(self, claim: Claim, path: DirectPath, volume: Volume) -> None:
-        self.claim = claim
+    def __init__(
+        self,
+        peeked: Peeked,
+        node: ClusterNode,
+        cluster: Cluster,
+        path: DataPath,
+        volume: Volume,
+        initiator: str,
+    ) -> None:
+        self.cluster = cluster
+        self.node = node
         self.path = path
         self.volume = volume
-        self.volume_id = claim.superblock.volume_id
-        self.label = claim.superblock.label
-        self._failure: VolumeFailed | None = None
-        self._failed = trio.Event()
-
-    def note_failed(self, failure: VolumeFailed) -> None:
-        """The volume cannot go on."""
-        self._failure = self._failure or failure
-        self._failed.set()
+        self.volume_id = peeked.superblock.volume_id
+        self.label = peeked.superblock.label
+        self._initiator = initiator
 
     async def wait_failed(self) -> VolumeFailed:
-        """Wait until it cannot."""
-        await self._failed.wait()
-        assert self._failure is not None
-        return self._failure
+        """Wait until the volume cannot go on."""
+        return await self.node.wait_failed()
 
     def status(self) -> dict[str, Any]:
         """What `csvctl status` tells of the volume."""
-        claim, identity, path = self.claim, self.path.identity, self.path.status()
+        identity, path, cluster = self.path.identity, self.path.status(), self.cluster
+        own, view = cluster.node, self.node.view
+        assert own is not None
+        assert view is not None
+        coordinator = next((each.name for each in cluster.status() if each.is_coordinator), "")
         return {
-            "path": "direct" if path.healthy else f"waiting: {path.trouble}",
-            "path_losses": path.recoveries,
+            "path": "direct" if path.flows else f"waiting: {path.trouble}",
+            "path_losses": path.losses,
             "unflushed_bytes": path.retained_bytes,
-            "slot": claim.slot,
-            "incarnation": claim.incarnation,
-            "epoch": claim.view.epoch,
-            "key": f"{path.control_key:#018x}",
-            "initiator": claim.host.initiator_name,
+            "slot": own.slot,
+            "incarnation": own.incarnation,
+            "epoch": view.epoch,
+            "lock_epoch": view.lock_epoch,
+            "coordinator": coordinator or "none",
+            "members": [view.slots[node.slot].node_name for node in view.active],
+            "lease_left_s": round(max(cluster.lease.left_s, 0.0), 1),
+            "key": f"{path.key:#018x}",
+            "initiator": self._initiator,
+            "cluster_address": ", ".join(view.slots[own.slot].addresses) or "none",
             "lun_vendor": f"{identity.vendor} {identity.product}".strip(),
             "lun_serial": identity.serial,
             "lun_bytes": identity.size_bytes,
         }
 
+    def nodes(self) -> dict[str, Any]:
+        """What `csvctl node list` tells."""
+        view = self.node.view
+        found = self.cluster.status()
+        return {
+            "epoch": view.epoch if view is not None else 0,
+            "coordinator": next((each.name for each in found if each.is_coordinator), ""),
+            "nodes": [_node_words(each) for each in found],
+        }
+
+    async def evict(self, name: str, why: str) -> dict[str, Any]:
+        """Have the node of that name evicted; returns when the view says so. Raises `Problem`."""
+        found = [each for each in self.cluster.status() if each.name == name]
+        if not found:
+            raise Problem(Kind.USAGE, f"the volume has no node {name!r}: see `csvctl node list`")
+        node = found[0].node
+        _log.warning("eviction of %s (%s) was asked for: %s", name, node, why)
+        self.cluster.evict(node, why)
+        with trio.move_on_after(_EVICTION_LIMIT_S):
+            while (view := self.node.view) is None or view.lists(*node):
+                await self.node.wait_view()
+            return {"slot": node.slot, "epoch": view.epoch}
+        raise Problem(
+            Kind.NO_ANSWER,
+            f"{name} is not evicted after {_EVICTION_LIMIT_S:.0f} s: the coordinator, or a majority"
+            " that could replace it, cannot be reached. `csvctl node list` shows who is seen",
+        )
+
+
+def _node_words(each: NodeStatus) -> dict[str, Any]:
+    network = each.network
+    trip = network.rtt_s if network is not None else None
+    return {
+        "slot": each.node.slot,
+        "incarnation": each.node.incarnation,
+        "node": each.name,
+        "state": each.state.name.lower().replace("_", " "),
+        "is_this_host": each.is_this_node,
+        "is_coordinator": each.is_coordinator,
+        "path": "direct" if each.has_path else "none",
+        "last_seen_s": None if each.last_seen_s is None else round(each.last_seen_s, 2),
+        "connected": each.is_this_node or bool(network and network.number),
+        "round_trip_ms": None if trip is None else round(trip * 1000, 3),
+        "addresses": list(each.addresses),
+    }
+
 
 @asynccontextmanager
 async def attach(
-    settings: MountSettings, reporter: Reporter, starting: trio.CancelScope
+    settings: MountSettings,
+    reporter: Reporter,
+    starting: Starting,
+    will: LastWill,
 ) -> AsyncIterator[Attached]:
-    """Take the volume, have it ready, and leave it at the end; see the module's text.
+    """Become a member, have the volume ready, and leave at the end; see the module's text.
 
     Cancelling ``starting`` ends the wait for the LUN or for other hosts. Raises what stands in
-    the way: errors of claim, replay and LUN, or `Problem`.
+    the way: errors of LUN, membership and replay, or `Problem`.
     """
+    lun = open_lun(settings.url, settings.credentials)
     with DaemonLock() as lock:
-        journals = _Journals(reporter)
-        with starting:
-            claim = await _claim(settings, reporter, lock, journals)
-        if starting.cancelled_caught:
-            raise Problem(Kind.INTERRUPTED, "stopped by a signal before it was mounted")
-        if claim.superblock_trouble:
+        with starting.stage():
+            peeked = await _look(lun, settings, reporter, lock)
+        if peeked.superblock_trouble:
             reporter.warning(
-                f"the superblock is damaged ({claim.superblock_trouble}); its backup was used. "
+                f"the superblock is damaged ({peeked.superblock_trouble}); its backup was used. "
                 "Run `csvctl check --repair` when the volume is not mounted"
             )
-            _log.warning("superblock: %s; the backup is used", claim.superblock_trouble)
-        path = DirectPath(claim.lun, claim.control, claim.data, ClaimMembership(claim))
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(path.run)
-                async with _volume(claim, path, journals, reporter) as attached:
-                    yield attached
-                    if attached.volume.failure is not None:
-                        raise attached.volume.failure
-                claim.control, claim.data = await path.detach()
-        except BaseException:
-            path.abort()
-            raise
-        await release_volume(claim)
+            _log.warning("superblock: %s; the backup is used", peeked.superblock_trouble)
+        async with _member(lun, peeked, settings, reporter, will) as (node, cluster, path):
+            reporter.step("waiting for the other hosts of the volume")
+            with starting.stage():
+                locks, start = await node.wait_serving()
+            own = cluster.node
+            assert own is not None
+            async with (
+                open_volume(
+                    path,
+                    peeked.superblock,
+                    own.slot,
+                    own.incarnation,
+                    start,
+                    locks,
+                    on_failed=node.fail,
+                ) as volume,
+                trio.open_nursery() as nursery,
+            ):
+                await nursery.start(node.recover_for_ever, volume)
+                yield Attached(peeked, node, cluster, path, volume, settings.initiator)
+                if node.failure is not None:
+                    raise node.failure
+                nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
-async def _volume(
-    claim: Claim, path: DirectPath, journals: _Journals, reporter: Reporter
-) -> AsyncIterator[Attached]:
-    made: list[Attached] = []
-
-    def note(failure: VolumeFailed) -> None:
-        for each in made:
-            each.note_failed(failure)
-
-    async with (
-        open_lock_manager(node=claim.slot, epoch=claim.view.epoch) as locks,
-        open_volume(
-            path,
-            claim.superblock,
-            claim.slot,
-            claim.incarnation,
-            journals.own_start(),
-            locks,
-            on_failed=note,
-        ) as volume,
-        trio.open_nursery() as nursery,
-    ):
-        attached = Attached(claim, path, volume)
-        made.append(attached)
-        for slot in journals.replayed:
-            reporter.step(f"finishing what slot {slot} left undone")
-            await volume.recover(slot)
-        nursery.start_soon(_watch_path, path, attached)
-        yield attached
+async def _member(
+    lun: Lun, peeked: Peeked, settings: MountSettings, reporter: Reporter, will: LastWill
+) -> AsyncIterator[tuple[ClusterNode, Cluster, DataPath]]:
+    """A node of the cluster, which leaves at the end of the block."""
+    superblock = peeked.superblock
+    credentials = make_credentials()
+    address = settings.cluster_address
+    identity = Identity(
+        settings.node,
+        places.machine_id(),
+        places.boot_id(),
+        credentials.fingerprint,
+        (address,) if address else (),
+        credentials.certificate,
+        time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+    )
+    async with trio.open_nursery() as nursery:
+        node = ClusterNode(nursery, superblock, reporter.step)
+        arbiter = LunArbiter(
+            lun,
+            superblock,
+            identity,
+            settings.initiator,
+            on_lost=node.on_lost,
+            on_opened=node.on_opened,
+        )
+        path = DataPath(peeked.identity, on_closed=arbiter.lose, on_stranger=arbiter.stranger)
+        node.use(arbiter, path)
+        try:
+            await nursery.start(arbiter.run)
+            nursery.start_soon(path.run)
+            async with open_cluster(
+                identity,
+                arbiter,
+                PathKeys(),
+                superblock.volume_id,
+                parse_address(address) if address else _NOBODY_LISTENS,
+                credentials,
+                on_effect=node.on_effect,
+                on_network=node.link.take,
+                on_peers=_testator(will, superblock.volume_id, credentials),
+                rng=SystemRandom(),
+            ) as cluster:
+                node.begin(cluster)
+                yield node, cluster, path
+                await path.detach()
+                await cluster.leave()
+                will.revoke()
+        except BaseException:
+            path.evict("the daemon ends")
+            arbiter.abort()
+            raise
         nursery.cancel_scope.cancel()
 
 
-async def _watch_path(path: DirectPath, attached: Attached) -> None:
-    """An idle volume learns of its eviction at once, not with the next guest's write."""
-    evicted = await path.wait_evicted()
-    attached.note_failed(VolumeFailed(str(evicted)))
-
-
-class _Journals:
-    """What `claim_volume` has done with each journal, and with the own one."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self._own: JournalStart | None = None
-        self.replayed: list[int] = []
-        """Slots whose orphans and reclaim lists are to be looked at."""
-
-    async def prepare(self, device: BlockDevice, superblock: Superblock, task: JournalTask) -> None:
-        if task.used:
-            self._reporter.step(f"replaying the journal of slot {task.slot}")
-            report = await replay_slot(device, superblock, task.slot, task.incarnation)
-            start = report.start
-            if task.slot not in self.replayed:  # a claim may begin again
-                self.replayed.append(task.slot)
-        else:
-            start = await begin_slot(device, superblock, task.slot, task.incarnation)
-        if task.own:
-            self._own = start
-
-    def own_start(self) -> JournalStart:
-        assert self._own is not None, "a claim prepares the journal of its own slot"
-        return self._own
-
-
-async def _claim(
-    settings: MountSettings, reporter: Reporter, lock: DaemonLock, journals: _Journals
-) -> Claim:
-    """Claim; waits for a daemon of this host that is just leaving the volume."""
-    lun = open_lun(settings.url, settings.credentials)
-    host = Host(settings.node, places.machine_id(), places.boot_id(), settings.initiator)
-    wanted: list[bytes] = []
-
-    def take_lock(volume_id: bytes) -> bool:
-        wanted.append(volume_id)
-        return lock.take(volume_id)
-
+async def _look(lun: Lun, settings: MountSettings, reporter: Reporter, lock: DaemonLock) -> Peeked:
+    """What is on the LUN, once no other daemon of this host has it."""
     while True:
         reporter.step(f"connecting to {settings.url}")
-        try:
-            return await claim_volume(
-                lun,
-                host,
-                prepare=journals.prepare,
-                take_lock=take_lock,
-                on_wait=lambda reason: reporter.step(f"waiting: {reason}"),
-            )
-        except ClaimRefused as error:
-            if not isinstance(error.refusal, RefuseMountedHere) or not wanted:
-                raise
-        await _wait_while_leaving(wanted[-1], reporter)
+        peeked = await peek(lun, settings.initiator)
+        volume_id = peeked.superblock.volume_id
+        if lock.take(volume_id):
+            return peeked
+        await _wait_while_leaving(volume_id, reporter)
+
+
+def _testator(
+    will: LastWill, volume_id: bytes, credentials: Credentials
+) -> Callable[[NodeId, tuple[Peer, ...]], None]:
+    """Writes the last will each time that the node's peers change."""
+
+    def write(own: NodeId, peers: tuple[Peer, ...]) -> None:
+        if own.slot == NEWCOMER_SLOT:
+            return
+        heirs = [
+            (*peer.node, peer.certificate, [str(address) for address in peer.addresses])
+            for peer in peers
+        ]
+        will.write(Will(volume_id, *own, credentials.certificate, credentials.key_pem, heirs))
+
+    return write
 
 
 async def _wait_while_leaving(volume_id: bytes, reporter: Reporter) -> None:

@@ -95,16 +95,16 @@ def peers_in(view: View, certificates: Mapping[bytes, bytes], own: NodeId) -> tu
         if node == own:
             continue
         if certificate is None or fingerprint_of(certificate) != slot.fingerprint:
-            log.warning("node %s cannot be connected with: its certificate is missing", node)
+            log.info("node %s cannot be connected with: its certificate is missing", node)
             continue
         try:
-            found.append(Peer(node, certificate, _addresses(node, slot.addresses)))
+            found.append(Peer(node, certificate, addresses_of(node, slot.addresses)))
         except BadCertificate as error:
             log.warning("node %s cannot be connected with: it has %s", node, error)
     return tuple(found)
 
 
-def _addresses(node: NodeId, texts: Iterable[str]) -> tuple[Address, ...]:
+def addresses_of(node: NodeId, texts: Iterable[str]) -> tuple[Address, ...]:
     found = []
     for text in texts:
         try:

@@ -1,0 +1,264 @@
+"""One host of a volume's cluster: what membership says becomes locks, replays, and data that flows.
+
+    membership says         this node
+    ViewInstalled           its lock manager follows; the first one that lists the node makes it
+    DepartedMayBeGranted    its lock manager may grant over that incarnation
+    ReplayWanted            a task replays that journal, then says so; what the dead had promised
+                            (orphans, reclaim list) is seen to as soon as the volume is open
+    PathsReady              data flows
+    LeaseUntil              what comes back may be answered
+    Stop                    data ends, and with it the volume: `wait_failed`
+
+Order that keeps data safe: a journal is replayed only when its node is fenced, which is what a view
+without it says; the lock manager is told of a replay only when that is stable; data flows only when
+nothing of this node's lost paths can come any more. Who decides all that is `lockmgr.cluster`.
+
+Concurrency: everything here but the replays is called from the membership's steps, and never waits.
+Each replay is a task of the nursery. An exception in one ends the node, as a crash would.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from csvfs.errors import VolumeFailed
+from csvfs.format import Superblock
+from csvfs.journal.store import JournalStart
+from csvfs.membership.arbiter import LunArbiter
+from csvfs.membership.slot_start import begin_slot, replay_slot
+from csvfs.volume import Volume
+from lockmgr.cluster.effects import (
+    DepartedMayBeGranted,
+    LeaseUntil,
+    PathsReady,
+    ReplayWanted,
+    Stop,
+    StopReason,
+    UpwardEffect,
+    ViewInstalled,
+)
+from lockmgr.cluster.lock_link import LockLink
+from lockmgr.cluster.service import Cluster
+from lockmgr.cluster.view import NodeId, View
+from lockmgr.events import ViewChanged
+from lockmgr.manager import LockManager
+from lockmgr.mastering import node_number
+from redirector.block.reservations import Registration
+from redirector.data_path import DataPath
+
+_log = logging.getLogger("csvfs.host.node")
+
+
+def number_of(node: NodeId) -> int:
+    """What the lock manager calls an incarnation."""
+    return node_number(node.slot, node.incarnation)
+
+
+class ClusterNode:
+    """See the module's docstring. ``told`` is given words about each step that may take a while.
+
+    `use` and `begin` give it its parts before anything is said to it.
+    """
+
+    def __init__(
+        self, nursery: trio.Nursery, superblock: Superblock, told: Callable[[str], None]
+    ) -> None:
+        self._nursery = nursery
+        self._superblock = superblock
+        self._told = told
+        self._arbiter: LunArbiter
+        self._path: DataPath
+        self._cluster: Cluster
+        self.link = LockLink(self._on_unresponsive)
+        self.view: View | None = None
+        """The installed one."""
+        self.locks: LockManager | None = None
+        self._data: Registration | None = None
+        self._replaying: set[NodeId] = set()
+        self._own_start: JournalStart | None = None
+        self._to_recover: list[int] = []
+        """Slots whose journals were replayed here, and whose lists are still to be looked at."""
+        self._recover_kick = trio.Event()
+        self._view_changed = trio.Event()
+        self._started = trio.Event()
+        """Locks are there to be had, or never will be."""
+        self.failure: VolumeFailed | None = None
+        self._failed = trio.Event()
+
+    def use(self, arbiter: LunArbiter, path: DataPath) -> None:
+        """These carry its I/O."""
+        self._arbiter, self._path = arbiter, path
+
+    def begin(self, cluster: Cluster) -> None:
+        """This is its place among the others."""
+        self._cluster = cluster
+        self.link.use(cluster.network)
+        self._nursery.start_soon(self.link.run, name="lock link")
+
+    # -- what the mount waits for ----------------------------------------------------------------
+    async def wait_serving(self) -> tuple[LockManager, JournalStart]:
+        """Return when this node is an active member and its locks are there to be had.
+
+        Raises `VolumeFailed` when that will never be.
+        """
+        await self._started.wait()
+        if self.failure is not None:
+            raise self.failure
+        assert self.locks is not None
+        assert self._own_start is not None, "who is active has its journal in order"
+        return self.locks, self._own_start
+
+    async def wait_failed(self) -> VolumeFailed:
+        """Return why this node cannot go on, once it cannot."""
+        await self._failed.wait()
+        assert self.failure is not None
+        return self.failure
+
+    async def wait_view(self) -> None:
+        """Return when the next view is installed."""
+        await self._view_changed.wait()
+
+    async def recover_for_ever(
+        self,
+        volume: Volume,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Finish what the nodes whose journals were replayed here left undone, also later ones;
+        "started" when nothing of what was replayed before is left."""
+        started = False
+        while True:
+            self._recover_kick = trio.Event()
+            while self._to_recover:
+                slot = self._to_recover[0]
+                self._told(f"finishing what slot {slot} left undone")
+                await volume.recover(slot)
+                self._to_recover.remove(slot)
+            if not started:
+                started = True
+                task_status.started()
+            await self._recover_kick.wait()
+
+    # -- what the arbiter says -------------------------------------------------------------------
+    def on_opened(self, control: Registration, data: Registration) -> None:
+        """There are new paths, over which nothing may flow yet."""
+        del control
+        self._data = data
+        self._path.use(data, restarted=self._arbiter.restarted)
+
+    def on_lost(self, keys: tuple[int, ...]) -> None:
+        """Paths with these keys are gone."""
+        if self._data is not None and self._data.key in keys:
+            data, self._data = self._data, None
+            self._path.lost(data, "the session is lost")
+        self._cluster.path_lost(keys)
+
+    # -- what membership says --------------------------------------------------------------------
+    def on_effect(self, effect: UpwardEffect) -> None:
+        """Do what the module's table says. Must not wait."""
+        match effect:
+            case ViewInstalled():
+                self._view_installed(effect)
+            case DepartedMayBeGranted(node):
+                if self.locks is not None:
+                    self.locks.cleared([number_of(node)])
+            case ReplayWanted(node, used):
+                if node not in self._replaying:
+                    self._replaying.add(node)
+                    self._nursery.start_soon(self._replay, node, used)
+            case PathsReady(key):
+                control = self._arbiter.control
+                if self._data is not None and control is not None and control.key == key:
+                    self._path.ready(self._data)
+            case LeaseUntil(until_s):
+                self._path.lease_until(until_s)
+            case Stop(reason, words):
+                if reason is not StopReason.LEFT:
+                    self._path.evict(words)
+                    self.fail(VolumeFailed(words))
+            case _:
+                pass  # sessions are the arbiter's business
+
+    def _view_installed(self, effect: ViewInstalled) -> None:
+        view, me = effect.view, self._cluster.node
+        assert me is not None
+        self.view = view
+        _log.info("view %d: %s", view.epoch, _members(view))
+        self._view_changed.set()
+        self._view_changed = trio.Event()
+        if self.locks is None:
+            self.locks = LockManager(
+                self._nursery,
+                node=number_of(me),
+                epoch=0,
+                members=(),
+                send=self.link.send,
+                on_thawed=self._on_thawed,
+            )
+            self.link.attach(self.locks)
+        self.link.view_changed((node for node in view.listed if node != me), view.lock_epoch)
+        if me in view.active:
+            self._follow(self.locks, effect)
+
+    def _follow(self, locks: LockManager, effect: ViewInstalled) -> None:
+        view = effect.view
+        if effect.replayed:
+            locks.replayed(number_of(node) for node in effect.replayed)
+        active = tuple(sorted(number_of(node) for node in view.active))
+        coordinator = number_of(effect.coordinator)
+        locks.view_changed(
+            ViewChanged(
+                view.lock_epoch,
+                active,
+                coordinator if coordinator in active else active[0],
+                frozenset(number_of(node) for node in view.to_replay),
+            )
+        )
+        cleared = [number_of(each.node) for each in effect.departed if each.cleared]
+        if cleared:
+            locks.cleared(cleared)
+
+    def _on_thawed(self, epoch: int) -> None:
+        self._cluster.locks_thawed(epoch)
+        self._started.set()
+
+    def _on_unresponsive(self, node: NodeId, words: str) -> None:
+        _log.error("node %s is to be evicted: %s", node, words)
+        self._cluster.evict(node, words)
+
+    def fail(self, failure: VolumeFailed) -> None:
+        """This node cannot go on."""
+        self.failure = self.failure or failure
+        self._failed.set()
+        self._started.set()
+
+    # -- journals --------------------------------------------------------------------------------
+    async def _replay(self, node: NodeId, used: bool) -> None:
+        path, superblock = self._path, self._superblock
+        own = node == self._cluster.node
+        if used:
+            self._told(f"replaying the journal of slot {node.slot}")
+            report = await replay_slot(path, superblock, node.slot, node.incarnation)
+            self._own_start = report.start if own else self._own_start
+            if node.slot not in self._to_recover:
+                self._to_recover.append(node.slot)
+        elif own:
+            self._own_start = await begin_slot(path, superblock, node.slot, node.incarnation)
+        # Else it was never active, and has changed nothing.
+        if not own and self.locks is not None:
+            self.locks.replayed([number_of(node)])
+        self._replaying.discard(node)
+        self._cluster.replayed(node)
+        self._recover_kick.set()
+
+
+def _members(view: View) -> str:
+    def named(nodes: tuple[NodeId, ...], what: str) -> list[str]:
+        return [f"{view.slots[node.slot].node_name} ({node}){what}" for node in nodes]
+
+    words = named(view.active, "") + named(view.joining, " joins")
+    words += named(view.to_replay, " is gone, its journal to be replayed")
+    return ", ".join(words) or "nobody"
