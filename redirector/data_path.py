@@ -172,6 +172,8 @@ class DataPath(BlockIO):
             session.in_flight += 1
             try:
                 await session.device.read_into(offset_bytes, buffer)
+                if self._clock() < flow.answer_until_s:
+                    return None
             except BlockError as error:
                 failure = error
             finally:
@@ -179,9 +181,7 @@ class DataPath(BlockIO):
                 if session.draining:
                     session.ended()
             if failure is None:
-                if self._clock() >= flow.answer_until_s:
-                    await flow.wait_lease()
-                return
+                return await flow.wait_lease()
 
         async def again(session: DataSession) -> None:
             await session.device.read_into(offset_bytes, buffer)
@@ -190,7 +190,7 @@ class DataPath(BlockIO):
         # has seen of them is there again only afterwards.
         ranges = [(offset_bytes, memoryview(buffer).nbytes)]
         await self._repeat(again, session, failure, ranges, changes=False)
-        await flow.wait_lease()
+        return await flow.wait_lease()
 
     async def write(self, offset_bytes: int, data: Buffer, *, fua: bool = False) -> None:
         flow = self._flow
@@ -214,9 +214,9 @@ class DataPath(BlockIO):
             if failure is None:
                 if retained is not None and retained.size_bytes >= STOP_BYTES:
                     await retained.wait_room()
-                if self._clock() >= flow.answer_until_s:
-                    await flow.wait_lease()
-                return
+                if self._clock() < flow.answer_until_s:
+                    return None
+                return await flow.wait_lease()
 
         async def again(session: DataSession) -> None:
             await session.device.write(offset_bytes, data, fua=fua)
@@ -225,7 +225,7 @@ class DataPath(BlockIO):
 
         ranges = [(offset_bytes, memoryview(data).nbytes)]
         await self._repeat(again, session, failure, ranges, tokens)
-        await flow.wait_lease()
+        return await flow.wait_lease()
 
     async def flush(self) -> None:
         await self._repeat(self._flush_once)

@@ -60,9 +60,8 @@ class Evicted(BlockError):
     """This incarnation may not use the LUN any more. Final: every command fails from now on."""
 
 
-def boottime_s() -> float:
-    """CLOCK_BOOTTIME, seconds: the clock of leases, which runs while this host sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+boottime_s: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+"""CLOCK_BOOTTIME, seconds: the clock of leases, which runs while this host sleeps."""
 
 
 def expect_same_lun(known: LunIdentity, found: LunIdentity) -> None:
@@ -269,8 +268,8 @@ class Flow:
                 self.trouble = f"writing again what the target forgot: {error}"
                 await trio.sleep(next(pauses))
             else:
-                if session is self.session:  # else another restart may have been told meanwhile
-                    self._restarted = False
+                # Also if another restart was told meanwhile: there is nothing left to be forgotten.
+                self._restarted = False
                 return
 
     async def _write_once(self, data: Registration) -> None:

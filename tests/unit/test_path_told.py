@@ -19,9 +19,17 @@ from redirector.block.device import (
     UnitAttention,
 )
 from redirector.block.medium import keep_none
-from redirector.block.simulated import Command, Faults
+from redirector.block.simulated import Command, Faults, SimulatedDevice
 from redirector.data_path import DataPath, Evicted
-from tests.unit.told_path import BLOCK, DATA_PORT, Membership, ToldLun, port, told_path
+from tests.unit.told_path import (
+    BLOCK,
+    DATA_PORT,
+    Membership,
+    ToldLun,
+    nexus_of,
+    port,
+    told_path,
+)
 
 SIZE = 16 << 20
 
@@ -160,6 +168,8 @@ async def test_what_is_told_late_changes_nothing(autojump_clock: MockClock) -> N
     async with told_path(lun, serve=False) as (path, told):
         first = told.session
         assert first is not None
+        path.lost(first, "only told")
+        assert first.device.lost, "its commands end"
         lose(told)
         second, _ = await told.open()
         told.use(second)
@@ -197,6 +207,38 @@ async def test_ready_may_come_while_commands_of_the_lost_session_are_ending(
             path.check()
             await path.write(3 * BLOCK, block(b"n"))
         assert await path.read(0, 8 * BLOCK) == block(b"o") * 3 + block(b"n") + block(b"o") * 4
+
+
+async def test_nothing_flows_while_a_command_of_the_lost_session_has_not_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its range is not noted yet: a newer write of the same bytes could be overtaken."""
+    lun = ToldLun(SIZE)
+    async with told_path(lun, serve=False) as (path, told):
+        hold = lun.hold(written_with(b"o"))
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(path.write, number * BLOCK, block(b"o"))
+            await hold.wait_held(8)
+            assert told.session is not None
+            slow = told.session.device
+            assert isinstance(slow, SimulatedDevice)
+            with monkeypatch.context() as patch:
+                patch.setattr(slow, "set_lost", lambda: None)
+                lose(told)
+                registration, _ = await told.open()
+                told.use(registration)
+                lun.ready_nexus = nexus_of(registration.device)
+                path.ready(registration)
+                await wait_all_tasks_blocked()
+                assert not path.status().flows
+            for number in range(8):
+                nursery.start_soon(path.write, number * BLOCK, block(b"n"))
+            await wait_all_tasks_blocked()
+            slow.set_lost()
+            await wait_all_tasks_blocked()
+            hold.lift()
+        assert await path.read(0, 8 * BLOCK) == block(b"n") * 8
 
 
 async def test_another_session_takes_the_place_of_one_that_was_not_lost() -> None:
@@ -254,6 +296,23 @@ async def test_restarted_counts_until_data_has_flowed(autojump_clock: MockClock)
         assert path.status().retained_bytes == 0
         after = lun.crashed(keep=keep_none)
         assert len(after.blocks) == 8
+
+
+async def test_a_key_that_the_path_misses_itself_counts_as_a_restart(
+    autojump_clock: MockClock,
+) -> None:
+    lun = ToldLun(SIZE)
+    async with told_path(lun, serve=False) as (path, told):
+        await path.write(BLOCK, block(b"v"))
+        assert told.session is not None
+        lun.arbiter.registrations.pop(nexus_of(told.session.device))
+        lun.blocks.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(path.read, 0, BLOCK)
+            await wait_all_tasks_blocked()
+            assert "not registered" in told.closed[0]
+            await next_session(told, restarted=False)
+        assert await path.read(BLOCK, BLOCK) == block(b"v")
 
 
 async def test_the_second_loss_hits_what_is_written_again(autojump_clock: MockClock) -> None:
