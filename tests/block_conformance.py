@@ -496,6 +496,39 @@ class BlockConformance:
         async with session(harness.lun, 2) as other:
             assert await other.read(0, BLOCK) == SLOW
 
+    async def test_a_loss_is_told_before_what_it_leaves_unanswered(self, harness: Harness) -> None:
+        harness.hold_writes()
+        device = await harness.lun.login(port(1))
+        told: list[str] = []
+
+        async def write() -> None:
+            with pytest.raises(OutcomeUnknown):
+                await device.write(0, SLOW)
+            told.append("answered")
+
+        device.on_lost = lambda: told.append("lost")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.wait_lost)
+            for _ in range(3):
+                nursery.start_soon(write)
+            await harness.wait_held()
+            async with session(harness.lun, 1):  # closes the other one
+                with trio.fail_after(10):
+                    await device.wait_lost()
+                harness.release_writes()
+        device.abort()
+        assert told == ["lost", *["answered"] * 3]
+
+    async def test_an_own_end_is_told_as_well(self, harness: Harness) -> None:
+        told: list[str] = []
+        for end in ("abort", "aclose"):
+            device = await harness.lun.login(port(1))
+            device.on_lost = lambda end=end: told.append(end)
+            if end == "abort":
+                device.abort()
+            await device.aclose()
+        assert told == ["abort", "aclose"]
+
     # -- reset and fence ---------------------------------------------------------------------------
     async def test_reset_keeps_reservations_and_tells_everyone(self, harness: Harness) -> None:
         async with session(harness.lun, 1, KEY_A) as a, session(harness.lun, 2, KEY_B) as b:
