@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lockmgr.cluster.effects import Stop
+
 
 class MembershipError(Exception):
     """Base of all below."""
@@ -17,3 +22,11 @@ class EpochsExhausted(MembershipError):
 
 class MembershipViolation(MembershipError, AssertionError):
     """The shell, or a peer, did what no correct one does."""
+
+
+class ClusterStopped(MembershipError):
+    """This incarnation is over: ``stop`` says how and why."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.words)
+        self.stop = stop

@@ -105,6 +105,7 @@ def peers_in(view: View, certificates: Mapping[bytes, bytes], own: NodeId) -> tu
 
 
 def addresses_of(node: NodeId, texts: Iterable[str]) -> tuple[Address, ...]:
+    """Where a node says that it listens; what is no address is logged and left out."""
     found = []
     for text in texts:
         try:

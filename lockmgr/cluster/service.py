@@ -1,488 +1,518 @@
-"""The trio shell of a node's membership: one `Member`, its network, and what carries out its I/O.
+"""The trio shell of a cluster's membership: a `Member`, its network, and its arbiter.
 
-    async with open_cluster(identity, arbiter, network..., on_effect=...) as cluster:
-        ...                                    # the member runs; effects come through on_effect
+    async with open_cluster(
+        identity, keys, arbiter, address, credentials, cluster_id, on_effect=..., rng=...
+    ) as cluster:
+        await cluster.wait_active()
+        ...
         await cluster.leave()
 
-What is decided, and why, is in `lockmgr.cluster.member`; here are only tasks.
+Whoever uses it is told by ``on_effect`` what the member wants from above (`UpwardEffect`), in
+order, and answers with `Cluster.replayed`, `Cluster.locks_thawed`. ``on_network`` rides on the
+connections: it is told of `Connected`, `Lost` and every message that is not the membership's
+(`LockLink.take` is one), and says whether a message was its own. Both are plain calls that must not
+wait, and may call everything here that is not async. What the arbiter must do: `arbiter`.
 
-- The member takes one event at a time, in the order in which they came; an effect that causes
-  another event (a replay that is done at once) has it taken after the step that it came from.
-- Each I/O is a task, and answered exactly once.
-- Who is a peer: everybody whom the newest view lists that was read or installed; to a newcomer too,
-  which has its temporary key for a name. A coordinator also talks to newcomers that ask. What is
-  said to somebody in the step that drops him is sent before he is dropped.
+Concurrency. One task (`_run`) steps the member; everything that happens is queued for it by plain
+calls, so a step is never entered twice, and what happened first is told first. Each I/O is a task
+of its own, answered by one `Done`, also after `Stop`. One task looks for certificates while some
+are missing. ``on_effect`` is called from the stepping task, ``on_network`` from the network's. An
+exception of either, or of the arbiter, ends all tasks and leaves `open_cluster`: what a state
+machine has not taken in cannot be told again, and a dead daemon is better than a wrong one.
 
-Concurrency: the member changes in `Cluster._drain` only, which never awaits. Callbacks from network
-and arbiter may come at any `await` of anybody.
+A host that slept (suspended, or its loop was held up) has datagrams and answers in its sockets:
+they are let in and delivered first, then comes one `Tick`.
+
+Leaving the context without `Cluster.leave` is a crash as far as the others can see. After `Stop`
+no message is taken any more, what was queued is still sent, and what the arbiter is doing is waited
+for a little.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from random import Random
-from typing import Any, Final, Protocol, get_args
+from typing import Any, Final, cast, get_args
 
 import trio
 
 from lockmgr.cluster import effects, events
-from lockmgr.cluster.blocks import Identity, JoinRequest
-from lockmgr.cluster.certificates import BadCertificate, Credentials
-from lockmgr.cluster.effects import UpwardEffect
+from lockmgr.cluster.arbiter import Arbiter, ArbiterEffect
+from lockmgr.cluster.blocks import Identity
+from lockmgr.cluster.boottime import boottime, deadline_at
+from lockmgr.cluster.certificates import Credentials
+from lockmgr.cluster.codec import Registry, WireError
+from lockmgr.cluster.effects import Effect, IoEffect, Stop, StopReason, UpwardEffect
+from lockmgr.cluster.errors import ClusterStopped
+from lockmgr.cluster.lease_watch import LeaseWatch
 from lockmgr.cluster.member import Member
-from lockmgr.cluster.messages import Announce, Message
+from lockmgr.cluster.messages import Message
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
+from lockmgr.cluster.network_settings import NetworkSettings
+from lockmgr.cluster.obituary import remove_obituary, write_obituary
 from lockmgr.cluster.outcomes import Blocks, Good, Knocked, Opened, Outcome, Surveyed
-from lockmgr.cluster.peers import Address, Peer, parse_address, peers_in
-from lockmgr.cluster.rpc import Network, PeerStatistics, open_network
+from lockmgr.cluster.peer_book import Acquaintance, PeerBook
+from lockmgr.cluster.peers import Address
+from lockmgr.cluster.pulse import Pulse
+from lockmgr.cluster.rpc import Network, open_network
 from lockmgr.cluster.settings import Settings
-from lockmgr.cluster.view import NEWCOMER_SLOT, Keys, NodeId, SlotState, View, ViewSlot
+from lockmgr.cluster.status import ClusterStatus, Hearing, nodes_in
+from lockmgr.cluster.view import NEWCOMER_SLOT, Keys, NodeId, View
+from lockmgr.errors import ProtocolViolation
+
+__all__ = ["Cluster", "open_cluster"]
 
 log = logging.getLogger("lockmgr.cluster")
 
 CERTIFICATES_AGAIN_S: Final = 0.5
-"""After a certificate was not where it should be."""
-NEWCOMER_FORGOTTEN_S: Final = 3.0
-"""A newcomer whose join block did not change for so long is no peer any more."""
+SETTLE_PASSES: Final = 16
+"""How often, at most, the loop goes round to let in what a host that slept has in its sockets."""
 
 _MESSAGES: Final = frozenset(get_args(Message))
+_IO: Final = frozenset(get_args(IoEffect))
 
 
-def boottime_s() -> float:
-    """CLOCK_BOOTTIME, seconds: the clock of leases, which runs while the host sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-class NodeStopped(Exception):
-    """This incarnation is over; says why."""
-
-    def __init__(self, stop: effects.Stop) -> None:
-        super().__init__(stop.words)
-        self.stop = stop
-
-
-class Arbiter(Protocol):
-    """What is shared storage to the members: it bears witness of who lives, and it fences.
-
-    One that is no LUN must keep the promises in `lockmgr.cluster.effects` all the same: what is
-    fenced changes nothing any more, and of two that `Take` the same key one wins.
-    """
-
-    @property
-    def certificates(self) -> Mapping[bytes, bytes]:
-        """By fingerprint, DER: those that stood in the blocks which were read last."""
-
-    async def carry_out(self, effect: effects.IoEffect) -> Outcome:
-        """Do it, and say how it ended. `Knock` is never asked of it."""
-
-    async def read_certificates(self, nodes: Iterable[NodeId]) -> None:
-        """Look for the certificates of these; `certificates` has what is there."""
-
-    async def aclose(self) -> None:
-        """Log out everywhere, for good."""
-
-    def abort(self) -> None:
-        """Drop everything, for good."""
-
-
-class Lease:
-    """How long this node may answer from what it knows."""
-
-    def __init__(self) -> None:
-        self.until_s = float("-inf")
-        self._stopped: effects.Stop | None = None
-        self._changed = trio.Event()
-
-    def valid(self) -> bool:
-        """Whether it runs now."""
-        return boottime_s() < self.until_s
-
-    @property
-    def left_s(self) -> float:
-        """Seconds; below 0: it is over since then."""
-        return self.until_s - boottime_s()
-
-    async def wait_valid(self) -> None:
-        """Return when it runs. Raises `NodeStopped` when it never will."""
-        while not self.valid():
-            if self._stopped is not None:
-                raise NodeStopped(self._stopped)
-            await self._changed.wait()
-
-    def renewed(self, until_s: float) -> None:
-        self.until_s = max(self.until_s, until_s)
-        self._tell()
-
-    def stop(self, stop: effects.Stop) -> None:
-        """It is over for good."""
-        self._stopped = stop
-        self.until_s = float("-inf")
-        self._tell()
-
-    def _tell(self) -> None:
-        changed, self._changed = self._changed, trio.Event()
-        changed.set()
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """A listed node as this one sees it."""
-
-    node: NodeId
-    name: str
-    state: SlotState
-    is_this_node: bool
-    is_coordinator: bool
-    has_path: bool
-    """Of its own, to the shared storage, as far as its heartbeats say."""
-    is_heard: bool
-    """By this node, over the network."""
-    last_seen_s: float | None
-    """Since its last sign of life; None: it is not listed any more."""
-    addresses: tuple[str, ...]
-    network: PeerStatistics | None
+def _takes_nothing(event: NetworkEvent) -> bool:
+    del event
+    return False
 
 
 @asynccontextmanager
 async def open_cluster(
     identity: Identity,
-    arbiter: Arbiter,
     keys: Keys,
-    cluster_id: bytes,
+    arbiter: Arbiter,
     listen: Address,
     credentials: Credentials,
+    cluster_id: bytes,
     *,
     on_effect: Callable[[UpwardEffect], None],
-    on_network: Callable[[NetworkEvent], bool] = lambda _event: False,
-    on_peers: Callable[[NodeId, tuple[Peer, ...]], None] = lambda _own, _peers: None,
     rng: Random,
+    on_network: Callable[[NetworkEvent], bool] = _takes_nothing,
     settings: Settings | None = None,
+    network_settings: NetworkSettings | None = None,
+    registry: Registry | None = None,
+    obituary: Path | None = None,
+    software: str = "",
 ) -> AsyncIterator[Cluster]:
-    """Have a member run until the end of the block; whoever wants it to leave says so before.
+    """Be a newcomer, then a member. ``identity`` must have the fingerprint and the certificate of
+    ``credentials``; without addresses it gets the one that the network listens at (port 0 of
+    ``listen``: any that is free). ``cluster_id``: 16 bytes that all nodes have in common.
+    ``obituary``: the file for the supervisor, see `lockmgr.cluster.obituary`. ``registry``: a
+    `connection_registry` with the messages of the layers above.
 
-    ``on_effect`` is told what `effects.UpwardEffect` has, ``on_network`` what the network tells,
-    first: True means that it concerns nobody else; ``on_peers`` who this node is and with whom it
-    talks, each time that changes. None may wait. At the end of the block what
-    is open is dropped, as in a crash, unless the node has left. Raises OSError if ``listen`` cannot
-    be had.
+    Raises OSError if the address cannot be had. What ends the tasks comes as an exception group.
     """
-    async with trio.open_nursery() as nursery:
-        member = Member(identity, settings or Settings(), keys, rng)
-        cluster = Cluster(nursery, member, arbiter, on_effect, on_network, on_peers)
-        async with open_network(
-            credentials, cluster_id, listen, cluster._network_tells, rng=rng
-        ) as network:
-            cluster._begin(network)
-            yield cluster
-            cluster._ended = True
+    if identity.fingerprint != credentials.fingerprint:
+        raise ValueError("the identity has another fingerprint than the credentials")
+    settings = settings or Settings()
+    told: list[Callable[[NetworkEvent], None]] = []
+    async with (
+        open_network(
+            credentials,
+            cluster_id,
+            listen,
+            lambda event: told[0](event),
+            rng=rng,
+            settings=network_settings,
+            registry=registry,
+            software=software,
+        ) as network,
+        trio.open_nursery() as nursery,
+    ):
+        if not identity.addresses:
+            identity = replace(identity, addresses=(str(network.address),))
+        cluster = Cluster(
+            Member(identity, settings, keys, rng),
+            settings,
+            network,
+            arbiter,
+            nursery,
+            PeerBook(identity.fingerprint, credentials.certificate),
+            on_effect,
+            on_network,
+            partial(write_obituary, obituary, cluster_id, credentials) if obituary else None,
+        )
+        told.append(cluster._network_told)
+        nursery.start_soon(cluster._run)
+        nursery.start_soon(cluster._find_certificates)
+        yield cluster
+        if cluster.stopped is not None:
+            await cluster._finish_io()
+            if obituary is not None and cluster.stopped.reason is StopReason.LEFT:
+                remove_obituary(obituary)
         nursery.cancel_scope.cancel()
 
 
 class Cluster:
-    """A node's place among the others. Made by `open_cluster`."""
+    """Made by `open_cluster`. Nothing here waits but what is async."""
 
     def __init__(
         self,
-        nursery: trio.Nursery,
         member: Member,
+        settings: Settings,
+        network: Network,
         arbiter: Arbiter,
+        nursery: trio.Nursery,
+        book: PeerBook,
         on_effect: Callable[[UpwardEffect], None],
         on_network: Callable[[NetworkEvent], bool],
-        on_peers: Callable[[NodeId, tuple[Peer, ...]], None],
+        write_obituary: Callable[[Acquaintance], None] | None,
     ) -> None:
-        self.member = member
-        self.lease = Lease()
-        self.network: Network
-        self._nursery = nursery
+        self.lease = LeaseWatch()
+        self.address = network.address
+        """Where this node listens."""
+        self._member = member
+        self._settings = settings
+        self._network = network
         self._arbiter = arbiter
+        self._nursery = nursery
+        self._book = book
         self._on_effect = on_effect
         self._on_network = on_network
-        self._on_peers = on_peers
-        self._queue: deque[events.Event] = deque()
-        self._draining = False
-        self._ended = False
-        self._known: View | None = None
-        """The newest that was read or installed."""
-        self._newcomer_key = 0
-        self._asking: dict[int, tuple[JoinRequest, float]] = {}
-        """By slot: newcomers' join blocks, and when each changed last."""
-        self._installed: object = None
-        self._looking = False
-        """Certificates are being looked for."""
-        self._timer = trio.CancelScope()
-        self._stopped = trio.Event()
+        self._write_obituary = write_obituary
+        self._pulse = Pulse(network.beat, arbiter.carry_out)
+        self._hearing = Hearing()
+        self._inputs: deque[events.Event] = deque()
+        self._news = trio.Event()
+        self._changed = trio.Event()
+        self._misses = trio.Event()
+        self._io = 0
+        """I/O under way."""
+        self._was_coordinator = False
+        self._complained: set[NodeId] = set()
 
-    def _begin(self, network: Network) -> None:
-        self.network = network
-        self._nursery.start_soon(self._tick, name="membership timer")
-        self.give(events.Start())
-
-    # -- what others ask -----------------------------------------------------------------------
+    # -- what the node asks ----------------------------------------------------------------------
     @property
-    def node(self) -> NodeId | None:
+    def me(self) -> NodeId | None:
         """Slot and incarnation, once this node is listed."""
-        return self.member.node
+        return self._member.node
 
     @property
     def view(self) -> View | None:
-        """The installed view."""
-        return self.member.view
+        """The installed one."""
+        return self._member.view
 
     @property
-    def stopped(self) -> effects.Stop | None:
-        """Why this incarnation is over, if it is."""
-        return self.member.stopped
+    def is_coordinator(self) -> bool:
+        """In office, as far as this node knows."""
+        return self._member.is_coordinator
 
-    async def wait_stopped(self) -> effects.Stop:
-        """Return when it is over, with why."""
-        await self._stopped.wait()
-        assert self.member.stopped is not None
-        return self.member.stopped
+    @property
+    def stopped(self) -> Stop | None:
+        """Why and how this incarnation is over."""
+        return self._member.stopped
 
-    def status(self) -> tuple[NodeStatus, ...]:
-        """Of every node that is not gone, by slot."""
-        view = self._known
-        if view is None:
-            return ()
-        network = {each.peer: each for each in self.network.statistics()}
-        nodes = (NodeId(slot, view.slots[slot].incarnation) for slot in view.members)
-        return tuple(self._status_of(node, view.slots[node.slot], network) for node in nodes)
+    @property
+    def lease_until(self) -> float:
+        """CLOCK_BOOTTIME; -inf: there is none."""
+        return self.lease.until_s
 
-    def _status_of(
-        self, node: NodeId, entry: ViewSlot, network: Mapping[NodeId, PeerStatistics]
-    ) -> NodeStatus:
-        st = self.member.state
-        judge, now = st.judge, boottime_s()
-        direct, heard, seen_s = False, False, None
-        if node == self.node:
-            direct, heard, seen_s = st.path_key != 0, True, 0.0
-        elif judge is not None and judge.knows(node):
-            direct = judge.is_direct(node)
-            heard = bool(judge.hears(now) >> node.slot & 1)
-            seen_s = now - judge.last_sign(node)
-        return NodeStatus(
-            node,
-            entry.node_name,
-            entry.state,
-            node == self.node,
-            node == st.coordinator,
-            direct,
-            heard,
-            seen_s,
-            entry.addresses,
-            network.get(node),
+    @property
+    def is_active(self) -> bool:
+        """A member that takes part in locking."""
+        view, me = self.view, self.me
+        return self.stopped is None and view is not None and me in view.active
+
+    async def wait_listed(self) -> NodeId:
+        """Until a view that lists this node is installed. Raises `ClusterStopped`."""
+        await self._wait(lambda: self.view is not None)
+        assert self.me is not None
+        return self.me
+
+    async def wait_active(self) -> View:
+        """Until this node takes part in locking. Raises `ClusterStopped`."""
+        await self._wait(lambda: self.is_active)
+        assert self.view is not None
+        return self.view
+
+    async def wait_stopped(self) -> Stop:
+        """Until this incarnation is over."""
+        while self.stopped is None:
+            await self._changed.wait()
+        return self.stopped
+
+    async def _wait(self, condition: Callable[[], bool]) -> None:
+        while self.stopped is None and not condition():
+            await self._changed.wait()
+        if self.stopped is not None:
+            raise ClusterStopped(self.stopped)
+
+    def status(self) -> ClusterStatus:
+        """For people."""
+        st, view, now = self._member.state, self.view or self._book.known, boottime()
+        counts = self._network.beat_counts
+        until = self.lease.until_s
+        return ClusterStatus(
+            me=self.me,
+            stopped=self.stopped,
+            epoch=0 if view is None else view.epoch,
+            lock_epoch=0 if view is None else view.lock_epoch,
+            coordinator=st.coordinator,
+            is_coordinator=self.is_coordinator,
+            lease_left_s=None if until == float("-inf") else until - now,
+            has_path=bool(st.path_key) and st.may_write,
+            unproven_keys=tuple(st.unproven),
+            nodes=nodes_in(
+                view, self.me, st.coordinator, self._hearing, self._network.statistics(), now
+            ),
+            pulse=self._pulse.statistics(),
+            beats_heard=counts.heard,
+            beats_bad=counts.bad,
         )
 
-    # -- what others say -------------------------------------------------------------------------
-    def give(self, event: events.Event) -> None:
-        """Something has happened to this node. Never waits."""
-        self._queue.append(event)
-        if not self._draining:
-            self._drain()
-
+    # -- what the node says ------------------------------------------------------------------------
     def replayed(self, node: NodeId) -> None:
-        """A `ReplayWanted` is done and stable."""
-        self.give(events.Replayed(node))
+        """`ReplayWanted` of that incarnation is done and stable."""
+        self._give(events.Replayed(node))
 
     def locks_thawed(self, lock_epoch: int) -> None:
-        self.give(events.LocksThawed(lock_epoch))
-
-    def path_lost(self, keys: tuple[int, ...]) -> None:
-        self.give(events.PathLost(keys))
+        """The locks are recovered in this lock epoch."""
+        self._give(events.LocksThawed(lock_epoch))
 
     def evict(self, node: NodeId, why: str) -> None:
-        """Somebody wants that node to go."""
-        self.give(events.EvictWanted(node, why))
+        """``node`` must go; asked for until the view shows it."""
+        self._give(events.EvictWanted(node, why))
 
-    async def leave(self) -> None:
-        """Go. All I/O is drained, no lock is held, the journal is empty. Raises `NodeStopped` if
-        it ended otherwise."""
-        self.give(events.LeaveWanted())
-        stop = await self.wait_stopped()
-        if stop.reason is not effects.StopReason.LEFT:
-            raise NodeStopped(stop)
+    def path_lost(self, keys: tuple[int, ...]) -> None:
+        """`events.PathLost`; to be called before what was under way on them is answered."""
+        self._give(events.PathLost(keys))
+
+    def path_back(self) -> None:
+        """A portal answers again."""
+        self._give(events.PathBack())
+
+    async def leave(self) -> Stop:
+        """Leave the cluster. All I/O is drained, no lock is held, the journal is empty. Returns
+        when this incarnation is over, which takes `Settings.leave_within_s` at most."""
+        self._give(events.LeaveWanted())
+        return await self.wait_stopped()
+
+    # -- messages of the layers above -----------------------------------------------------------
+    def send(self, peer: NodeId, message: object) -> bool:
+        """`Network.send`."""
+        return self._network.send(peer, message)
+
+    def refuse(self, peer: NodeId, reason: str) -> None:
+        """`Network.refuse`."""
+        self._network.refuse(peer, reason)
+
+    async def wait_room(self, peer: NodeId) -> None:
+        """`Network.wait_room`."""
+        await self._network.wait_room(peer)
 
     # -- stepping --------------------------------------------------------------------------------
-    def _drain(self) -> None:
-        self._draining = True
-        try:
-            while self._queue:
-                event = self._queue.popleft()
-                for effect in self.member.step(event, boottime_s()):
-                    self._carry_out(effect)
-        finally:
-            self._draining = False
-        self._install()
-        due = self.member.next_timer()
-        self._timer.deadline = _on_trio_clock(due)
+    def _give(self, event: events.Event) -> None:
+        """Queue an event for the member."""
+        if self.stopped is None:
+            self._inputs.append(event)
+            self._news.set()
 
-    async def _tick(self) -> None:
-        while self.member.stopped is None:
-            self._timer = trio.CancelScope(deadline=_on_trio_clock(self.member.next_timer()))
-            with self._timer:
-                await trio.sleep_forever()
-            self.give(events.Tick())
+    async def _run(self) -> None:
+        """Step the member until it stops."""
+        self._step(events.Start())
+        stepped_at = boottime()
+        while self.stopped is None:
+            due = self._member.next_timer()
+            assert due is not None
+            with trio.move_on_at(deadline_at(due)):
+                await self._news.wait()
+            self._news = trio.Event()
+            if boottime() - stepped_at >= self._settings.judge_gap_s:
+                await self._let_in()
+            for _ in range(len(self._inputs)):
+                self._step(self._inputs.popleft())
+            stepped_at = boottime()
+            due = self._member.next_timer()
+            if due is not None and due <= stepped_at:
+                self._pulse.ticked(stepped_at - due)
+                self._step(events.Tick())
+            if self._inputs:
+                self._news.set()
+        self._inputs.clear()
 
-    def _carry_out(self, effect: effects.Effect) -> None:
+    async def _let_in(self) -> None:
+        """This node slept: what the kernel has for it is older than now."""
+        for _ in range(SETTLE_PASSES):
+            before = len(self._inputs)
+            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
+            if len(self._inputs) == before:
+                return
+
+    def _step(self, event: events.Event) -> None:
+        before = (self.me, self.view, self.stopped)
+        for effect in self._member.step(event, boottime()):
+            self._carry_out(effect)
+        if self.me is not None:
+            self._book.is_listed_as(self.me)
+        self._make_known()
+        if (self.me, self.view, self.stopped) != before:
+            self._changed.set()
+            self._changed = trio.Event()
+
+    # -- effects -----------------------------------------------------------------------------------
+    def _carry_out(self, effect: Effect) -> None:
         match effect:
             case effects.SendTo(peer, message):
-                self.network.send(peer, message)
+                self._network.send(peer, message)
             case effects.Beat(heartbeat):
-                self.network.beat(heartbeat)
-            case effects.Knock():
-                self._nursery.start_soon(self._knock, effect)
+                self._hearing.heard(heartbeat, boottime())
+                self._pulse.beat(effect)
+            case _ if type(effect) in _IO:
+                self._io += 1
+                self._nursery.start_soon(self._answer, cast("IoEffect", effect))
+            case _:
+                self._tell_upwards(cast("UpwardEffect", effect))
+
+    def _tell_upwards(self, effect: UpwardEffect) -> None:
+        match effect:
+            case effects.ViewInstalled(view):
+                self._book.goes_by(view)
+                self._hearing.forget_others(view)
+                log.info("view %s: %s", view.epoch, _in_words(view))
             case effects.LeaseUntil(until_s):
                 self.lease.renewed(until_s)
-                self._on_effect(effect)
-            case effects.ViewInstalled(view):
-                self._know(view)
-                self._on_effect(effect)
-            case effects.CloseSessions():
-                self._nursery.start_soon(self._arbiter.aclose)
-            case effects.Stop():
-                self._stop(effect)
-            case effects.DepartedMayBeGranted() | effects.ReplayWanted() | effects.PathsReady():
-                self._on_effect(effect)
-            case _:
-                if isinstance(effect, effects.OpenNewcomer):
-                    self._newcomer_key = effect.key
-                self._nursery.start_soon(self._do, effect)
+            case Stop(reason, words):
+                self.lease.stopped(effect)
+                level = logging.INFO if reason is StopReason.LEFT else logging.ERROR
+                log.log(level, "this node stops (%s): %s", reason.value, words)
+        self._on_effect(effect)
 
-    def _stop(self, stop: effects.Stop) -> None:
-        level = logging.INFO if stop.reason is effects.StopReason.LEFT else logging.ERROR
-        log.log(level, "this node is no member any more (%s): %s", stop.reason.value, stop.words)
-        self.lease.stop(stop)
-        self._on_effect(stop)
-        self._stopped.set()
-        self._timer.cancel()
-
-    # -- I/O -------------------------------------------------------------------------------------
-    async def _do(self, effect: effects.IoEffect) -> None:
-        outcome = await self._arbiter.carry_out(effect)
+    async def _answer(self, effect: IoEffect) -> None:
+        """Carry out an I/O, and say how it ended."""
+        if isinstance(effect, effects.OpenNewcomer):
+            self._book.asks_as(effect.key)
+        outcome = await self._perform(effect)
+        self._io -= 1
         if isinstance(outcome, Good):
-            match outcome.value:
-                case Opened(survey=Surveyed(view=view)) | Surveyed(view=view):
-                    self._know(view)
-                case Blocks(joins=joins):
-                    self._see(joins)
-        self.give(events.Done(effect.op, outcome))
+            self._learn(outcome.value)
+        self._give(events.Done(effect.op, outcome))
+        if self.stopped is not None:
+            self._changed.set()
 
-    async def _knock(self, effect: effects.Knock) -> None:
-        wanted = frozenset(effect.nodes)
-        view = self._known
-        if view is not None:
-            await self._arbiter.read_certificates(wanted)
-        own = NodeId(NEWCOMER_SLOT, self._newcomer_key)
-        peers = peers_in(view, self._arbiter.certificates, own) if view is not None else ()
-        answered = await self.network.knock([peer for peer in peers if peer.node in wanted])
-        self.give(events.Done(effect.op, Good(Knocked(answered))))
-
-    def _know(self, view: View) -> None:
-        if self._known is None or view.epoch > self._known.epoch:
-            self._known = view
-
-    def _see(self, joins: Iterable[JoinRequest]) -> None:
-        now = boottime_s()
-        for request in joins:
-            before = self._asking.get(request.slot)
-            if before is None or before[0] != request:
-                self._asking[request.slot] = (request, now)
-
-    # -- network ---------------------------------------------------------------------------------
-    def _install(self) -> None:
-        """Tell the network who is a peer, if that is news."""
-        view, own = self._known, self.node
-        if view is None or self._ended:
-            return
-        if own is None:
-            if not self._newcomer_key:
-                return
-            own = NodeId(NEWCOMER_SLOT, self._newcomer_key)
-        asking = self._newcomers() if self.member.is_coordinator else ()
-        missing = self._without_certificate(view)
-        if missing and not self._looking:
-            self._looking = True
-            self._nursery.start_soon(self._look_for_certificates)
-        wanted = (own, view.epoch, missing, asking)
-        if wanted != self._installed:
-            self._installed = wanted
-            peers = peers_in(view, self._arbiter.certificates, own)
-            self.network.install(own, view.epoch, (*peers, *asking), view.secret)
-            self._on_peers(own, peers)
-
-    def _without_certificate(self, view: View) -> frozenset[NodeId]:
-        known = self._arbiter.certificates
-        return frozenset(
-            node
-            for node in view.listed
-            if node != self.node and view.slots[node.slot].fingerprint not in known
-        )
-
-    def _newcomers(self) -> tuple[Peer, ...]:
-        since = boottime_s() - NEWCOMER_FORGOTTEN_S
-        found = []
-        for request, changed_at in self._asking.values():
-            if changed_at < since:
-                continue
-            try:
-                addresses = tuple(parse_address(text) for text in request.addresses)
-                node = NodeId(NEWCOMER_SLOT, request.key)
-                found.append(Peer(node, request.certificate, addresses))
-            except (BadCertificate, ValueError) as error:
-                log.debug("a newcomer's join block in slot %d: %s", request.slot, error)
-        return tuple(found)
-
-    async def _look_for_certificates(self) -> None:
-        said: frozenset[NodeId] = frozenset()
-        while True:
-            view = self._known
-            assert view is not None, "somebody is missing from it"
-            missing = self._without_certificate(view)
-            if not missing:
-                break
-            if missing - said:
-                said |= missing
-                names = ", ".join(map(str, sorted(missing)))
-                log.info("looking for the certificates of %s", names)
-            await self._arbiter.read_certificates(missing)
-            self._install()
-            await trio.sleep(CERTIFICATES_AGAIN_S)
-        self._looking = False
-        self._install()
-
-    def _network_tells(self, event: NetworkEvent) -> None:
-        if self._on_network(event):
-            return
-        match event:
-            case Connected(peer):
-                self.give(events.PeerConnected(peer))
-            case Lost(peer):
-                self.give(events.PeerLost(peer))
-            case Arrived(peer, _number, message):
-                self._arrived(peer, message)
+    async def _perform(self, effect: IoEffect) -> Outcome:
+        match effect:
+            case effects.Knock(_, nodes):
+                await self._arbiter.read_certificates(nodes)
+                self._book.learn(self._arbiter.certificates)
+                answered = await self._network.knock(self._book.to_knock_at(nodes))
+                return Good(Knocked(answered))
+            case effects.WriteHeartbeat():
+                return await self._pulse.write(effect)
             case _:
-                self.give(event)
+                return await self._arbiter.carry_out(cast("ArbiterEffect", effect))
 
-    def _arrived(self, peer: NodeId, message: Any) -> None:
-        if type(message) not in _MESSAGES:
-            self.network.refuse(peer, f"{type(message).__name__} is of no use here")
+    def _learn(self, value: Any) -> None:
+        match value:
+            case Surveyed():
+                self._book.saw(value.view)
+            case Opened():
+                self._book.saw(value.survey.view)
+            case Blocks(heartbeats, joins):
+                now = boottime()
+                self._hearing.read(heartbeats, now)
+                self._book.saw_joins(joins, now)
+
+    async def _finish_io(self) -> None:
+        """Wait for what the arbiter still does."""
+        with trio.move_on_after(self._settings.path_loss_s):
+            while self._io:
+                changed = self._changed = trio.Event()
+                await changed.wait()
+
+    # -- the network -------------------------------------------------------------------------------
+    def _make_known(self) -> None:
+        """Tell the network whom this node talks to now. After a step, so that last words for whom
+        the view does not list any more are queued before."""
+        if self.stopped is not None:
+            self._end_network()
             return
-        if isinstance(message, Announce):
-            try:
-                message.view.check()
-                if self.view is not None and message.view.epoch > self.view.epoch:
-                    message.view.follows(self.view)
-            except AssertionError as error:
-                self.network.refuse(peer, f"it announces a view that cannot be: {error}")
+        coordinator = self.is_coordinator
+        if not self._book.take_changes() and coordinator == self._was_coordinator:
+            return
+        self._was_coordinator = coordinator
+        self._book.learn(self._arbiter.certificates)
+        now = self._book.acquaintance(coordinator=coordinator)
+        self._book.take_changes()
+        if now is None:
+            return
+        if self._book.missing:
+            self._misses.set()
+        self._network.install(now.own, now.epoch, now.peers, now.secret)
+        self._book.forget_unused()
+        if self._write_obituary is not None and self.me is not None:
+            self._write_obituary(now)
+
+    def _end_network(self) -> None:
+        own, known = self._book.own, self._book.known
+        if own is not None and known is not None:
+            self._network.install(own, known.epoch, (), known.secret)
+
+    async def _find_certificates(self) -> None:
+        """Look for certificates as long as some are missing."""
+        while True:
+            await self._misses.wait()
+            missing = self._book.missing
+            if not missing or self.stopped is not None:
+                self._misses = trio.Event()
+                continue
+            await self._arbiter.read_certificates(missing)
+            self._book.learn(self._arbiter.certificates)
+            if self.stopped is None:
+                self._make_known()
+            for node in missing:
+                if node in self._book.missing and node not in self._complained:
+                    self._complained.add(node)
+                    log.info("node %s has no certificate yet: it cannot be talked to", node)
+            await trio.sleep(CERTIFICATES_AGAIN_S)
+
+    def _network_told(self, event: NetworkEvent) -> None:
+        match event:
+            case Arrived(peer, _, message):
+                if type(message) in _MESSAGES:
+                    if peer.slot != NEWCOMER_SLOT:
+                        self._give(events.Received(peer, message))
+                else:
+                    self._hand_over(event)
+            case Connected(peer):
+                self._on_network(event)
+                if peer.slot != NEWCOMER_SLOT:
+                    self._give(events.PeerConnected(peer))
+            case Lost(peer):
+                self._on_network(event)
+                self._give(events.PeerLost(peer))
+            case events.BeatHeard(beat):
+                self._hearing.heard(beat, boottime())
+                self._give(event)
+            case events.DeathProven():
+                self._give(event)
+
+    def _hand_over(self, event: Arrived) -> None:
+        """A message for the layers above. Who sends what it must not loses the connection."""
+        try:
+            if self._on_network(event):
                 return
-        self.give(events.Received(peer, message))
+            words = f"{type(event.message).__name__} is not wanted here"
+        except (ProtocolViolation, WireError) as error:
+            words = str(error)
+        log.warning("node %s breaks the protocol: %s", event.peer, words)
+        self._network.refuse(event.peer, words)
 
 
-def _on_trio_clock(due: float | None) -> float:
-    """A time of CLOCK_BOOTTIME as trio's deadlines have it."""
-    return float("inf") if due is None else trio.current_time() + max(0.0, due - boottime_s())
+def _in_words(view: View) -> str:
+    def names(nodes: tuple[NodeId, ...]) -> str:
+        return ", ".join(f"{view.slots[node.slot].node_name} ({node})" for node in nodes) or "-"
+
+    words = f"active {names(view.active)}"
+    if view.joining:
+        words += f"; joining {names(view.joining)}"
+    if view.to_replay:
+        words += f"; to be replayed {names(view.to_replay)}"
+    return words
