@@ -31,12 +31,13 @@ from lockmgr.events import (
     Event,
     JournalsReplayed,
     Send,
+    Stalled,
     Thawed,
     TimerDue,
     ViewChanged,
 )
 from lockmgr.mastering import Choose, Mastering, rendezvous
-from lockmgr.messages import Deadlocks, MasterBound, NodeBound, Recovering
+from lockmgr.messages import Blocking, Deadlocks, MasterBound, NodeBound, Recovering, Working
 from lockmgr.node import NodeLocks
 from lockmgr.ranges_core import RangeCore
 from lockmgr.ranges_debts import RangeDebts
@@ -55,6 +56,7 @@ from lockmgr.recovery import Recovery, Stage
 from lockmgr.resource import Master
 from lockmgr.settings import Settings
 from lockmgr.snapshot import Statistics
+from lockmgr.unanswered import Unanswered
 
 _NOBODY: frozenset[int] = frozenset()
 
@@ -77,9 +79,11 @@ class LockCore:
         self.node = node
         listed = (node,) if members is None else tuple(members)
         nowhere = Mastering(listed, choose).master_of
-        self.locks = NodeLocks(node, epoch, nowhere, settings or Settings())
+        settings = settings or Settings()
+        self.locks = NodeLocks(node, epoch, nowhere, settings)
         self.recovery = Recovery(node, epoch, listed, choose, self.locks)
         self.search = Search(node, self.locks, self.recovery)
+        self.unanswered = Unanswered(node, settings.evict_after_s, nowhere)
         self.range_debts = RangeDebts(node, self.recovery.debts, choose)
         self.ranges = RangeCore(
             node,
@@ -129,6 +133,12 @@ class LockCore:
             case TimerDue():
                 effects = self.locks.step(event, now) + self.search.time_passed(now)
                 effects += _as_ours(self.ranges.timer_due(now))
+                effects += self.unanswered.time_passed(
+                    now, self.epoch, self.locks.locks, self.master.resources
+                )
+            case Stalled(stalled):
+                self.unanswered.stalled(stalled, now)
+                effects = []
             case Acquire(claim) | Convert(claim):
                 effects = self.locks.step(event, now)
                 if claim.state is ClaimState.WAITING or claim.state is ClaimState.CONVERTING:
@@ -149,9 +159,12 @@ class LockCore:
             effect = pending.popleft()
             if type(effect) is not Send:
                 out.append(effect)
-            elif self.recovery.stage is Stage.NO_VIEW or effect.to not in self.members:
+                continue
+            if self.recovery.stage is Stage.NO_VIEW or effect.to not in self.members:
                 continue  # the next view re-asserts it, or its addressee has departed
-            elif effect.to == self.node:
+            if type(effect.message) is Blocking:
+                self.unanswered.told(effect.to, effect.message.resource, now)
+            if effect.to == self.node:
                 pending.extend(self._deliver(effect.message, now))
             else:
                 out.append(effect)
@@ -176,6 +189,7 @@ class LockCore:
         )
         effects = _as_ours(ranges) + effects
         self.search.view_changed(now)
+        self.unanswered.view_changed(self.recovery.mastering.master_of)
         early, self._early = self._early, []
         for message in early:
             effects += self._deliver(message, now)
@@ -204,11 +218,16 @@ class LockCore:
                 return []
             return [Send(answer.node, answer) for answer in self.master.step(message)]
         if isinstance(message, NodeBound):
+            if type(message) is Blocking:
+                self.unanswered.wanted(message.resource, now)
             return self.locks.receive(message, now)
         if isinstance(message, Recovering):
             return self._recovering(message, now)
         if isinstance(message, Deadlocks):
             return self.search.receive(message, now)
+        if isinstance(message, Working):
+            self.unanswered.heard(message.node, message.resource, now)
+            return []
         return _as_ours(self.ranges.deliver(message, now))
 
     def next_timer(self) -> float | None:
@@ -217,6 +236,7 @@ class LockCore:
             self.locks.next_timer(),
             self.search.next_timer(),
             self.ranges.next_timer(),
+            self.unanswered.next_timer(),
         ]
         return min((when for when in timers if when is not None), default=None)
 
@@ -245,6 +265,7 @@ class LockCore:
             self.master.check()
         self.recovery.check()
         self.ranges.check()
+        self.unanswered.check()
         self.range_debts.check(self.recovery.frozen)
 
 

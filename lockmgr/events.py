@@ -154,6 +154,13 @@ class JournalsReplayed:
     nodes: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """This node's owners wait for what may never come, a path to the LUN; or do not any more."""
+
+    stalled: bool
+
+
 Event = (
     Acquire
     | Convert
@@ -169,6 +176,7 @@ Event = (
     | ViewChanged
     | Cleared
     | JournalsReplayed
+    | Stalled
     | RangeEvent
 )
 
@@ -256,6 +264,15 @@ class Thawed:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Unresponsive:
+    """Others wait for what ``node`` has, and it says nothing about it (`lockmgr.unanswered`): it is
+    to be evicted. It may be this node itself."""
+
+    node: int
+    words: str
+
+
 Effect = (
     Grant
     | Deny
@@ -267,6 +284,7 @@ Effect = (
     | EpochRefused
     | Emptied
     | Thawed
+    | Unresponsive
     | RangeDone
     | RangeFound
 )

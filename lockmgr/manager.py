@@ -21,7 +21,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import trio
 
@@ -33,6 +32,7 @@ from lockmgr.events import Patience
 from lockmgr.lock import Acquisition, Lock
 from lockmgr.messages import Resource
 from lockmgr.modes import COVERS, Mode
+from lockmgr.owner import ResourceOwner
 from lockmgr.ranges_events import RangeDone, RangeFound
 from lockmgr.ranges_messages import Carried
 from lockmgr.settings import Settings
@@ -43,24 +43,6 @@ __all__ = ["Lock", "LockManager", "ResourceOwner", "open_lock_manager"]
 log = logging.getLogger("lockmgr")
 
 CLOSE_REMINDER_S = 10.0
-
-
-class ResourceOwner(Protocol):
-    """What the user of the lock manager does for one kind of resource."""
-
-    async def demote(self, resource: Resource, to_mode: Mode) -> None:
-        """Make it true that the node may go on with ``to_mode`` only (NL: with nothing).
-
-        Write back what a stronger mode allowed to change, forget what a stronger mode allowed to
-        cache. The lock is still held until this returns, and claims are still granted; if one
-        above ``to_mode`` was, this is called once more, with such claims waiting for its end. An
-        owner that would harm a claim in use by forgetting, or wants to spare the second call,
-        awaits `LockManager.drain` first. When this has returned, the lock may yet stay, because it
-        was used or granted anew meanwhile. An exception is fatal to the lock manager.
-        """
-
-    async def glimpse(self, resource: Resource) -> bytes:
-        """What another node wants to know of a resource that this one holds in PW or EX."""
 
 
 @dataclass(slots=True)
@@ -77,8 +59,8 @@ def _nobody_there(to: int, message: Carried) -> None:
     raise AssertionError(f"a cluster of one node has nobody for {message} to {to}")
 
 
-def _tell_nobody(epoch: int) -> None:
-    del epoch
+def _tell_nobody(*_what: object) -> None:
+    """Nobody wants to know."""
 
 
 def _nobody_asked(effect: RangeDone | RangeFound) -> None:
@@ -91,7 +73,9 @@ class LockManager:
     ``nursery`` runs timers and owners; see `open_lock_manager`. ``node``, ``epoch`` and ``members``
     come from the cluster's view (`LockCore`); later views through `view_changed`. What ``send``
     takes must reach the other node's `deliver` in order and without loss, as long as both are in
-    the view of its epoch. ``on_thawed`` is told each epoch whose locks are recovered.
+    the view of its epoch. ``on_thawed`` is told each epoch whose locks are recovered,
+    ``on_unresponsive`` who is to be evicted and why (`Unresponsive`). Neither may wait, nor call
+    the manager back.
     """
 
     def __init__(
@@ -104,10 +88,12 @@ class LockManager:
         members: Sequence[int] | None = None,
         send: SendTo = _nobody_there,
         on_thawed: Callable[[int], None] = _tell_nobody,
+        on_unresponsive: Callable[[int, str], None] = _tell_nobody,
     ) -> None:
         self.core = LockCore(node, epoch, settings, members)
         self._send = send
         self._on_thawed = on_thawed
+        self._on_unresponsive = on_unresponsive
         self._nursery = nursery
         self._owners: dict[bytes, ResourceOwner] = {}
         self._prefixes: list[bytes] = []
@@ -271,6 +257,15 @@ class LockManager:
         """The journals of these departed nodes are replayed (`events.JournalsReplayed`)."""
         self._step(events.JournalsReplayed(frozenset(nodes)))
 
+    def stalled(self, stalled: bool) -> None:
+        """This node's owners wait for what may never come, a path to the LUN; or no longer.
+
+        While they do, the node does not answer for what others want of it, and is named to
+        their ``on_unresponsive`` after ``evict_after_s``; and to its own, since it may be the one
+        that would have to notice.
+        """
+        self._step(events.Stalled(stalled))
+
     # -- what there is ---------------------------------------------------------------------
     def statistics(self) -> Statistics:
         """Counters and gauges."""
@@ -327,6 +322,8 @@ class LockManager:
                     self._send(to, message)
                 case events.Thawed(epoch):
                     self._on_thawed(epoch)
+                case events.Unresponsive(node, words):
+                    self._on_unresponsive(node, words)
                 case RangeDone() | RangeFound():
                     self._on_range(effect)
                 case events.EpochRefused(message):
@@ -395,6 +392,7 @@ async def open_lock_manager(
     members: Sequence[int] | None = None,
     send: SendTo = _nobody_there,
     on_thawed: Callable[[int], None] = _tell_nobody,
+    on_unresponsive: Callable[[int, str], None] = _tell_nobody,
 ) -> AsyncIterator[LockManager]:
     """A lock manager with a nursery of its own; the arguments are those of `LockManager`.
 
@@ -410,6 +408,7 @@ async def open_lock_manager(
             members=members,
             send=send,
             on_thawed=on_thawed,
+            on_unresponsive=on_unresponsive,
         )
         yield manager
         await manager.aclose()

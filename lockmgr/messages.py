@@ -5,7 +5,7 @@ detection name their resource. A message of an earlier epoch is refused, one of 
 kept until the receiver has that view. Channels between two nodes are FIFO and lose nothing within
 an epoch: whoever carries them numbers them, and sends again what a broken connection lost.
 
-    node to master          Request, Cancel, Lower, AskGlimpse
+    node to master          Request, Cancel, Lower, AskGlimpse, Working
     master to node          Granted, Refused, Blocking, Unblocking, Probe
     node to node            GlimpseAnswer
     recovery, all to all    Reassert
@@ -112,6 +112,11 @@ class AskGlimpse(Message):
     """What would the holder of PW or EX answer about this resource?"""
 
     serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Working(Message):
+    """The node has not lowered yet what others want, and works on it, or its tasks use it."""
 
 
 # -- master to node ----------------------------------------------------------------------------
@@ -349,4 +354,4 @@ MasterBound = Request | Cancel | Lower | AskGlimpse
 NodeBound = Granted | Refused | Blocking | Unblocking | Probe | GlimpseAnswer
 Recovering = Reassert | Reasserted | Thaw | Settled
 Deadlocks = Suspicion | AskWaits | Waits | Victim
-AnyMessage = MasterBound | NodeBound | Recovering | Deadlocks
+AnyMessage = MasterBound | NodeBound | Recovering | Deadlocks | Working

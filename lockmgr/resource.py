@@ -243,6 +243,10 @@ class MasteredResource:
             if node != queued.node and not compatible[mode]
         ]
 
+    def waits_for(self, node: int) -> bool:
+        """Does a queued request wait for what ``node`` holds?"""
+        return any(node in self.in_the_way(queued) for queued in (*self.converting, *self.waiting))
+
     def _tell(self, out: list[NodeBound]) -> None:
         for queued in (*self.converting, *self.waiting):
             for node in self.in_the_way(queued):

@@ -17,6 +17,9 @@ class Settings:
     """How long a granted lock stays with the node though others wait."""
     deadlock_after_s: float | None = 2.0
     """How long a claim waits before the cluster is searched for a deadlock; None: never."""
+    evict_after_s: float | None = 6.0
+    """A holder that is told that others wait, and has said nothing about it for so long, is
+    reported; None: never."""
 
 
 @dataclass(slots=True)

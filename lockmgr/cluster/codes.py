@@ -38,6 +38,7 @@ _SMALL: Final[dict[int, type]] = {
     22: locks.Blocking,
     23: locks.Unblocking,
     24: locks.Probe,
+    26: locks.Working,
     40: channel.Resume,
     41: channel.Confirmed,
     42: channel.Skipped,

@@ -32,7 +32,7 @@ from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEven
 from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId
 from lockmgr.errors import ProtocolViolation
 from lockmgr.mastering import node_number
-from lockmgr.messages import MasterBound, Reassert, Reasserted, Suspicion, Waits
+from lockmgr.messages import MasterBound, Reassert, Reasserted, Suspicion, Waits, Working
 from lockmgr.ranges_messages import Carried, RangeMasterBound, RangeSuspicion, RangeWaits
 
 __all__ = ["LockLink"]
@@ -45,7 +45,7 @@ _CARRIED: Final = frozenset(get_args(Carried))
 _NAMES_SENDER: Final = frozenset(
     (
         *get_args(MasterBound),
-        *(Reassert, Reasserted, Suspicion, Waits),
+        *(Working, Reassert, Reasserted, Suspicion, Waits),
         *get_args(RangeMasterBound),
         *(RangeSuspicion, RangeWaits),
     )
