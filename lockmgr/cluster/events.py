@@ -77,7 +77,7 @@ class PathLost:
 
     keys: tuple[int, ...] = ()
     """Those of the lost paths, the control session's among them. Nothing flows on the next paths
-    before these are fenced (`lockmgr.cluster.proof`)."""
+    before these are fenced (`lockmgr.cluster.proof`). None: a newcomer's session is lost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ class Member:
 
     def _path_lost(self, keys: tuple[int, ...]) -> None:
         st = self.state
-        if not keys or st.me is None or st.path_key in keys:
+        if st.me is None or st.path_key in keys:
             st.lose_path()
         # Else it is of paths that this node knows are lost, or that were not opened to the end.
         elif proof.is_news(st, keys) and st.path_key:

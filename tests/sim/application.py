@@ -287,7 +287,7 @@ class Application:
         paths = self.daemon.paths
         while True:
             data = paths.data
-            if data is None or not paths.usable:
+            if data is None or not paths.ready:
                 await self._path()
                 continue
             try:
@@ -295,7 +295,7 @@ class Application:
             except BlockError:
                 paths.path_lost(data)
 
-    def path_is_usable(self) -> None:
+    def paths_ready(self) -> None:
         """There is one, and nothing of those before it is on its way."""
         waiters, self._path_waiters = self._path_waiters, []
         for resume in waiters:

@@ -10,15 +10,12 @@ from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.view import NodeId, View
 from lockmgr.messages import Resource
 from lockmgr.settings import Settings as LockSettings
-from redirector.block.device import BlockError
-from redirector.block.reservations import PathClosed, Registration
 from tests.sim.content import Content
 from tests.sim.coverage import Coverage
 from tests.sim.daemon import Daemon
 from tests.sim.lun import SanLink, SimLun
 from tests.sim.network import Network
 from tests.sim.oracle import Oracle, Violation
-from tests.sim.paths import Paths
 from tests.sim.world import World
 
 if TYPE_CHECKING:
@@ -59,9 +56,6 @@ class Machine:
 
 class Cluster:
     """See the module's docstring. Chosen by the seed: how many machines, slots, resources."""
-
-    proves = True
-    """False in a mutant: what had no answer goes again at once."""
 
     def __init__(self, seed: int, *, tracing: bool = False, nodes: int | None = None) -> None:
         self.world = world = World(seed, tracing=tracing)
@@ -209,20 +203,6 @@ class Cluster:
     def may_be_granted(self, node: NodeId, by: str) -> None:
         """What it held may be granted to others."""
         self.oracle.may_be_granted(node, self.by_node.get(node), by)
-
-    async def prove(self, paths: Paths, data: Registration) -> bool:
-        """Nothing of own lost data paths is on its way any more; False: ask again."""
-        if not self.proves:
-            paths.unproven.clear()
-            return True
-        try:
-            await paths.prove(data)
-        except PathClosed:
-            paths.path_lost(data)
-            return False
-        except BlockError:
-            return False
-        return True
 
     # -- everything ------------------------------------------------------------------------
     def check_all(self) -> None:

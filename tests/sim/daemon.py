@@ -220,8 +220,6 @@ class Daemon:
             if isinstance(surveyed, Surveyed):
                 self._knows(surveyed.view)
             self.step(events.Done(effect.op, outcome))
-            if isinstance(effect, effects.OpenPaths) and isinstance(value, Opened):
-                self.locking.paths_opened(value.survey.view)
 
         self.process.start(self.paths.carry_out(effect), done)
 
@@ -301,6 +299,13 @@ class Daemon:
     def _replay_wanted(self, effect: effects.ReplayWanted) -> None:
         self.locking.replay_wanted(effect.node)
 
+    def _paths_ready(self, effect: effects.PathsReady) -> None:
+        control = self.paths.control
+        if control is not None and control.key == effect.key:
+            self.cluster.oracle.paths_ready(effect.key)
+            self.paths.ready = True
+            self.locking.paths_ready()
+
     def _close_sessions(self, _effect: effects.CloseSessions) -> None:
         self.paths.close_all()
 
@@ -359,6 +364,7 @@ _HANDLERS: dict[type, Any] = {
     effects.LeaseUntil: Daemon._lease_until,
     effects.DepartedMayBeGranted: Daemon._may_be_granted,
     effects.ReplayWanted: Daemon._replay_wanted,
+    effects.PathsReady: Daemon._paths_ready,
     effects.CloseSessions: Daemon._close_sessions,
     effects.Stop: Daemon._stop,
 }

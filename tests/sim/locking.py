@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lockmgr import events as lock_events
 from lockmgr.cluster import effects, events
-from lockmgr.cluster.view import NodeId, View
+from lockmgr.cluster.view import NodeId
 from lockmgr.core import LockCore
 from lockmgr.mastering import node_number, slot_and_incarnation
 from lockmgr.ranges_messages import Carried
@@ -70,7 +70,6 @@ class Locking:
         self._timer_missed = False
         self._emptied: Callable[[], None] | None = None
         self._replaying: dict[NodeId, None] = {}
-        self._proving = False
 
     # -- membership says -----------------------------------------------------------------------
     def view_installed(self, effect: effects.ViewInstalled) -> None:
@@ -132,28 +131,9 @@ class Locking:
             self._replaying.pop(node, None)
         self.daemon.step(events.Replayed(node))
 
-    # -- paths ---------------------------------------------------------------------------------
-    def paths_opened(self, view: View) -> None:
-        """There is a data path, registered, and this view was read on it.
-
-        It may be used if that lists this incarnation, and once nothing of those before it can land.
-        """
-        node = self.daemon.node
-        self.daemon.paths.listed = node is not None and view.lists(*node)
-        if not self._proving and self.daemon.paths.listed:
-            self._proving = True
-            self.daemon.process.start(self._prove())
-
-    async def _prove(self) -> None:
-        daemon = self.daemon
-        paths = daemon.paths
-        while paths.unproven and (data := paths.data) is not None and paths.listed:
-            if not await self.daemon.cluster.prove(paths, data):
-                await daemon.process.sleep(0.2)
-        self._proving = False
-        if paths.data is not None and paths.listed:
-            paths.usable = True
-            self.application.path_is_usable()
+    def paths_ready(self) -> None:
+        """What waits for a data path may go on."""
+        self.application.paths_ready()
 
     def lease_renewed(self) -> None:
         """What waits for a lease may look again."""

@@ -11,17 +11,18 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from lockmgr.cluster import coordinator, newcomer
+from lockmgr.cluster import coordinator, newcomer, proof
 from lockmgr.cluster.beating import Beating
 from lockmgr.cluster.lease import LeasesGiven
-from lockmgr.cluster.view import View
+from lockmgr.cluster.messages import Fenced
+from lockmgr.cluster.state import NodeState
+from lockmgr.cluster.view import NodeId, View
 from lockmgr.core import LockCore
 from lockmgr.debts import Debts
 from lockmgr.events import Effect
 from lockmgr.messages import AnyMessage
 from lockmgr.recovery import Recovery
 from redirector.block import reservations
-from tests.sim.cluster import Cluster
 
 Mutant = Callable[[], AbstractContextManager[Any]]
 
@@ -89,9 +90,26 @@ def lease_not_awaited() -> AbstractContextManager[Any]:
     return mock.patch.object(LeasesGiven, "over_at", return_value=float("-inf"))
 
 
-def retry_reordered() -> AbstractContextManager[Any]:
-    """What had no answer is sent again on the next path, though the first may still land."""
-    return mock.patch.object(Cluster, "proves", False)
+def ready_without_asking() -> AbstractContextManager[Any]:
+    """New paths are said to be ready though what was sent over the lost ones may still land."""
+    tell = proof.tell
+
+    def told(st: NodeState) -> None:
+        st.unproven.clear()
+        tell(st)
+
+    return mock.patch.object(proof, "tell", told)
+
+
+def fenced_before_the_fence() -> AbstractContextManager[Any]:
+    """The coordinator says that keys are fenced before they are."""
+    asked = proof.asked
+
+    def answered(st: NodeState, peer: NodeId, keys: tuple[int, ...]) -> None:
+        st.send(peer, Fenced(keys))
+        asked(st, peer, keys)
+
+    return mock.patch.object(proof, "asked", answered)
 
 
 def _all(patches: tuple[AbstractContextManager[Any], ...]) -> AbstractContextManager[Any]:
@@ -109,5 +127,6 @@ MUTANTS: dict[str, Mutant] = {
     "epoch not checked": epoch_not_checked,
     "lease from arrival": lease_from_arrival,
     "lease not awaited": lease_not_awaited,
-    "retry reordered": retry_reordered,
+    "ready without asking": ready_without_asking,
+    "fenced before the fence": fenced_before_the_fence,
 }

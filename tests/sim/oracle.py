@@ -5,8 +5,10 @@ part is asked about what changed, after each step; `Oracle.check_all` about ever
 then.
 
     1  one holder; only it changes the view; epochs never repeat        `view_lands`
-    2  no command of an evicted incarnation or a fenced path changes the LUN after its fence
-       (`lands`), or is answered to a guest after what it held may be granted (`answers`)
+    2  no command of an evicted incarnation or a fenced path changes the LUN after its fence, nor
+       one of a node's earlier paths once its new ones are ready (`lands`); nothing is sent over
+       paths that are not (`flows`); nothing is answered to a guest after what its node held may be
+       granted (`answers`)
     3  no two live nodes hold incompatible locks (`holds`); nothing is granted over an unreplayed
        journal (`granted`)
     4  what was acknowledged is read back; nobody reads what was not written, or an older value
@@ -62,6 +64,8 @@ class Oracle:
         self.lun = lun
         self.content = content
         self.fenced: set[int] = set()
+        self.ready: dict[NodeId, int] = {}
+        """By incarnation, the generation of the control session that was ready last."""
         self.grantable: dict[NodeId, float] = {}
         self.held: dict[bytes, dict[str, tuple[Holder, Mode]]] = {}
         self.floors: dict[bytes, Stamp] = {}
@@ -116,11 +120,28 @@ class Oracle:
         """Somebody was told that the fence of this key is complete."""
         self.fenced.add(key)
 
+    def paths_ready(self, key: int) -> None:
+        """Nothing of the paths before that control session's is on its way, a node believes."""
+        path = PathKey.parse(key)
+        assert path is not None
+        node = NodeId(path.slot, path.incarnation)
+        if self.ready.get(node, 0) >= path.generation:
+            self.fail(f"{key:#x} is said to be ready again")
+        self.ready[node] = path.generation
+
+    def flows(self, key: int, *, ready: bool) -> None:
+        """Something is sent over a data path."""
+        if not ready:
+            self.fail(f"something is sent over {key:#x}, which is not ready")
+
     def lands(self, command: Command[Any]) -> None:
         """A command is about to do what it does."""
         if command.op is not Op.WRITE:
             return
         key = command.session.key
+        path = PathKey.parse(key)
+        if path and path.generation < self.ready.get(NodeId(path.slot, path.incarnation), 0):
+            self.fail(f"{command.words} over {key:#x}, while later paths are ready")
         if key in self.fenced or self._owner(key) in self.grantable:
             self.fail(
                 f"{command.words} over the fenced path {key:#x}"

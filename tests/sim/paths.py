@@ -29,7 +29,7 @@ from redirector.block.device import (
     OutcomeUnknown,
     ReservationConflict,
 )
-from redirector.block.keys import PathKey, choose_port, newcomer_key
+from redirector.block.keys import PathKey, choose_port
 from redirector.block.reservations import PathClosed, Registration, Victim
 from tests.sim.content import Content
 from tests.sim.lun import Session
@@ -67,12 +67,10 @@ class Paths:
         self.newcomer: Registration | None = None
         self.control: Registration | None = None
         self.data: Registration | None = None
-        self.listed = False
-        """The view that was read on the present paths lists this incarnation."""
-        self.usable = False
-        """And nothing of the data sessions before is on its way."""
-        self.unproven: dict[InitiatorPort, None] = {}
-        """Ports of own lost data sessions: what was sent over them may still land."""
+        self.ready = False
+        """`PathsReady` was said of the present paths."""
+        self._ports = tuple(choose_port(initiator_name, rng) for _ in range(2))
+        """Of control and data sessions, always the same: a login closes the one before it."""
         self._lost = lost
         self._generation = 0
 
@@ -104,19 +102,15 @@ class Paths:
 
     def _drop(self, tell: Callable[[tuple[int, ...]], None]) -> None:
         """``tell`` comes before the I/O that is outstanding is answered."""
-        self.listed = self.usable = False
-        self._forget_data()
+        self.ready = False
         dropped = [r for r in (self.control, self.data) if r is not None]
         self.control = self.data = None
         for registration in dropped:
             self.session_of(registration).on_lost = None
-        tell(tuple(registration.key for registration in dropped))
+        if dropped:
+            tell(tuple(registration.key for registration in dropped))
         for registration in dropped:
             self._close(registration)
-
-    def _forget_data(self) -> None:
-        if self.data is not None:
-            self.unproven[self.data.device.port] = None
 
     def path_lost(self, registration: Registration) -> None:
         """A session is of no use any more; if it is a path, both are dropped: `PathLost`."""
@@ -179,55 +173,49 @@ class Paths:
         self._close(registration)
 
     async def _open_paths(self, effect: effects.OpenPaths) -> outcomes.Opened:
-        ports = [choose_port(self.initiator_name, self.rng) for _ in range(2)]
+        self._drop(self._lost)
         keys = []
-        for _ in range(2):
+        for _ in self._ports:
             self._generation += 1
             keys.append(PathKey(effect.slot, effect.incarnation, self._generation).pack())
-        await self._write_slot_block(dict(zip(keys, ports, strict=True)))
-        self.drop()
-        control = await self._register(keys[0], ports[0])
+        control: Registration | None = None
+        data: Registration | None = None
         try:
-            data = await self._register(keys[1], ports[1])
-        except BlockError:
-            self._close(control)
-            raise
-        try:
+            control = await self._register(keys[0], self._ports[0])
             surveyed = await self._surveyed(control)
-            if not (self._is_alive(control) and self._is_alive(data)):
-                raise OutcomeUnknown("lost while it was opened")
+            if surveyed.view.lists(effect.slot, effect.incarnation):
+                await self._write_slot_block(control, keys)
+                data = await self._register(keys[1], self._ports[1])
+                view = await self._read(data, lambda: self.content.view)
+                if not view.lists(effect.slot, effect.incarnation):
+                    raise OutcomeUnknown("evicted while it was opened")
+                if not (self._is_alive(control) and self._is_alive(data)):
+                    raise OutcomeUnknown("lost while it was opened")
         except BlockError:
+            self._lost(tuple(keys))
             self._close(control)
             self._close(data)
             raise
         self.control, self.data = control, data
         for registration in (control, data):
-            self._notice(registration)
+            if registration is not None:
+                self._notice(registration)
         return outcomes.Opened(control.key, surveyed)
 
     def _notice(self, registration: Registration) -> None:
         session = self.session_of(registration)
         session.on_lost = lambda: self.path_lost(registration)
 
-    async def _write_slot_block(self, ports: dict[int, InitiatorPort]) -> None:
-        def apply() -> None:
-            self.content.ports.update(ports)
+    async def _write_slot_block(self, control: Registration, keys: list[int]) -> None:
+        node = owner_of(control.key)
 
-        for registration in (self.control, self.newcomer):
-            if registration is None or not self._is_alive(registration):
-                continue
-            with suppress(BlockError):
-                return await self._write(registration, "the slot block", apply)
-            # That session is of no use any more: fenced, or lost.
-            self._close(registration)
-        port = choose_port(self.initiator_name, self.rng)
-        temporary = await self._register(newcomer_key(self.rng), port)
-        try:
-            await self._write(temporary, "the slot block", apply)
-            await temporary.unregister()
-        finally:
-            self._close(temporary)
-        return None
+        def apply() -> None:
+            ports = self.content.ports
+            for key in [key for key in ports if owner_of(key) == node]:
+                del ports[key]
+            ports.update(zip(keys, self._ports, strict=True))
+
+        await self._write(control, "the slot block", apply)
 
     async def _survey(self, _effect: effects.Survey) -> outcomes.Surveyed:
         return await self._surveyed(self._used())
@@ -362,6 +350,7 @@ class Paths:
 
     async def read_data(self, registration: Registration, what: Callable[[], T]) -> T:
         """A big read, over the data path."""
+        self.oracle.flows(registration.key, ready=self.ready)
         session = self.session_of(registration)
 
         def command() -> Awaitable[T]:
@@ -373,22 +362,8 @@ class Paths:
         self, registration: Registration, words: str, apply: Callable[[], None]
     ) -> None:
         """A write, over the data path."""
+        self.oracle.flows(registration.key, ready=self.ready)
         await self._write(registration, words, apply)
-
-    async def prove(self, registration: Registration) -> None:
-        """Nothing that was sent over own lost data paths is on its way any more, when this returns:
-        their sessions are closed by reinstatement, what they had sent is drained. Raises
-        `BlockError`.
-        """
-        ports = list(self.unproven)
-        for port in ports:
-            await reservations.reinstate(self.lun, port)
-        if ports:
-            # Who holds up the reset is for the holder to fence: a PREEMPT by somebody else might
-            # take the reservation.
-            await reservations.drain(self.lun, registration)
-        for port in ports:
-            self.unproven.pop(port, None)
 
 
 def kill_sessions(paths: Paths, *, power_off: bool) -> None:
