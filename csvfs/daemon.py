@@ -31,7 +31,6 @@ from csvfs.host.admin import serve_admin
 from csvfs.host.attach import Attached, Starting, attach
 from csvfs.host.events import Reporter
 from csvfs.host.hardening import give_memory_back, harden, resident_bytes
-from csvfs.host.last_will import LastWill
 from csvfs.host.notify import notify_manager
 from csvfs.host.problems import Kind, Problem, problem_of
 from csvfs.host.record import MountRecord, MountState
@@ -50,9 +49,9 @@ _SMALL_BYTES = 40 << 20
 class Daemon:
     """One life of the daemon."""
 
-    def __init__(self, settings: MountSettings, reporter: Reporter, will: LastWill) -> None:
+    def __init__(self, settings: MountSettings, reporter: Reporter, will_fd: int) -> None:
         self._settings = settings
-        self._will = will
+        self._will_fd = will_fd
         self._reporter = reporter
         self._starting = Starting()
         self._serving: Serving | None = None
@@ -76,7 +75,7 @@ class Daemon:
         record: MountRecord | None = None
         try:
             async with attach(
-                self._settings, self._reporter, self._starting, self._will
+                self._settings, self._reporter, self._starting, self._will_fd
             ) as attached:
                 record = self._record(attached)
                 await self._serve(attached, record, nursery)
@@ -209,7 +208,7 @@ def main() -> int:
     with logs.logging_to(logs.destination(settings.foreground), settings.password):
         harden()
         try:
-            trio.run(Daemon(settings, reporter, LastWill(int(sys.argv[2]))).run)
+            trio.run(Daemon(settings, reporter, int(sys.argv[2])).run)
         except BaseException as error:
             problem = problem_of(error)
             if problem.kind is Kind.BUG:

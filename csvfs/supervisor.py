@@ -27,7 +27,7 @@ from csvfs.host import logs
 from csvfs.host.dead_mount import bury, detach_dead_mount
 from csvfs.host.events import Reporter
 from csvfs.host.hardening import protect_from_oom
-from csvfs.host.last_will import execute, make_will_memory, read_will
+from csvfs.host.last_will import execute_will, make_will_memory
 from csvfs.host.problems import Kind, Problem
 from csvfs.host.record import find_record
 
@@ -54,7 +54,7 @@ def _supervise(settings: bytes, events_fd: int, directory: str, url: str) -> int
     status = daemon.wait()
     reporter = Reporter(events_fd)
     if status != 0:
-        _execute_will(will)
+        execute_will(will)
         _bury(directory, _how(status))
         # Only if the daemon has not said it itself: csvctl takes the first.
         reporter.failed(Problem(Kind.ENDED, f"the daemon ended: {_how(status)}"))
@@ -86,18 +86,6 @@ def _forward_signals(daemon: subprocess.Popen[bytes]) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, forward)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def _execute_will(fd: int) -> None:
-    """The daemon is reaped: whoever listens may give its locks to others at once."""
-    try:
-        will = read_will(fd)
-        if will is not None and will.peers:
-            noted = execute(will)
-            _log.info("%d of %d hosts have noted that it is dead", noted, len(will.peers))
-    except Exception:
-        # They find out by its silence. The mount has to be taken away all the same.
-        _log.exception("the other hosts could not be told that the daemon is dead")
 
 
 def _how(status: int) -> str:

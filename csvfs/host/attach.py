@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from random import SystemRandom
 from typing import Any
@@ -25,20 +25,22 @@ from csvfs.errors import VolumeFailed
 from csvfs.host import mountpoint, places
 from csvfs.host.daemon_lock import DaemonLock, daemon_lives
 from csvfs.host.events import Reporter
-from csvfs.host.last_will import LastWill, Will
+from csvfs.host.last_will import leave_will
 from csvfs.host.node import ClusterNode
 from csvfs.host.problems import Kind, Problem
 from csvfs.host.record import MountState, records
 from csvfs.host.settings import MountSettings
 from csvfs.membership.arbiter import LunArbiter
+from csvfs.membership.claim import LeaveIncomplete
 from csvfs.membership.path_keys import PathKeys
 from csvfs.membership.peek import Peeked, peek
 from csvfs.volume import Volume, open_volume
 from lockmgr.cluster.blocks import Identity
-from lockmgr.cluster.certificates import Credentials, make_credentials
-from lockmgr.cluster.peers import Address, Peer, parse_address
-from lockmgr.cluster.service import Cluster, NodeStatus, open_cluster
-from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId
+from lockmgr.cluster.certificates import make_credentials
+from lockmgr.cluster.effects import StopReason
+from lockmgr.cluster.peers import Address, parse_address
+from lockmgr.cluster.service import Cluster, open_cluster
+from lockmgr.cluster.status import NodeStatus
 from redirector.block.device import Lun
 from redirector.block.url import open_lun
 from redirector.data_path import DataPath
@@ -101,10 +103,9 @@ class Attached:
     def status(self) -> dict[str, Any]:
         """What `csvctl status` tells of the volume."""
         identity, path, cluster = self.path.identity, self.path.status(), self.cluster
-        own, view = cluster.node, self.node.view
+        own, view = cluster.me, self.node.view
         assert own is not None
         assert view is not None
-        coordinator = next((each.name for each in cluster.status() if each.is_coordinator), "")
         return {
             "path": "direct" if path.flows else f"waiting: {path.trouble}",
             "path_losses": path.losses,
@@ -113,7 +114,7 @@ class Attached:
             "incarnation": own.incarnation,
             "epoch": view.epoch,
             "lock_epoch": view.lock_epoch,
-            "coordinator": coordinator or "none",
+            "coordinator": _coordinator_of(cluster) or "none",
             "members": [view.slots[node.slot].node_name for node in view.active],
             "lease_left_s": round(max(cluster.lease.left_s, 0.0), 1),
             "key": f"{path.key:#018x}",
@@ -126,20 +127,18 @@ class Attached:
 
     def nodes(self) -> dict[str, Any]:
         """What `csvctl node list` tells."""
-        view = self.node.view
         found = self.cluster.status()
         return {
-            "epoch": view.epoch if view is not None else 0,
-            "coordinator": next((each.name for each in found if each.is_coordinator), ""),
-            "nodes": [_node_words(each) for each in found],
+            "epoch": found.epoch,
+            "coordinator": _coordinator_of(self.cluster),
+            "nodes": [_node_words(each) for each in found.nodes],
         }
 
     async def evict(self, name: str, why: str) -> dict[str, Any]:
         """Have the node of that name evicted; returns when the view says so. Raises `Problem`."""
-        found = [each for each in self.cluster.status() if each.name == name]
-        if not found:
+        node = self.cluster.status().node_named(name)
+        if node is None:
             raise Problem(Kind.USAGE, f"the volume has no node {name!r}: see `csvctl node list`")
-        node = found[0].node
         _log.warning("eviction of %s (%s) was asked for: %s", name, node, why)
         self.cluster.evict(node, why)
         with trio.move_on_after(_EVICTION_LIMIT_S):
@@ -153,20 +152,27 @@ class Attached:
         )
 
 
+def _coordinator_of(cluster: Cluster) -> str:
+    return next((each.name for each in cluster.status().nodes if each.is_coordinator), "")
+
+
 def _node_words(each: NodeStatus) -> dict[str, Any]:
-    network = each.network
-    trip = network.rtt_s if network is not None else None
+    connection = each.connection
+    trip_s = connection.rtt_s if connection is not None else None
+    ages = [age for age in (each.heard_s, each.block_changed_s) if age is not None]
+    direct = {True: "direct", False: "none", None: "unknown"}[each.has_path]
     return {
         "slot": each.node.slot,
         "incarnation": each.node.incarnation,
         "node": each.name,
-        "state": each.state.name.lower().replace("_", " "),
+        "state": each.state,
         "is_this_host": each.is_this_node,
         "is_coordinator": each.is_coordinator,
-        "path": "direct" if each.has_path else "none",
-        "last_seen_s": None if each.last_seen_s is None else round(each.last_seen_s, 2),
-        "connected": each.is_this_node or bool(network and network.number),
-        "round_trip_ms": None if trip is None else round(trip * 1000, 3),
+        "path": direct,
+        "last_seen_s": round(min(ages), 2) if ages else None,
+        "connected": each.is_this_node or bool(connection and connection.number),
+        "round_trip_ms": None if trip_s is None else round(trip_s * 1000, 3),
+        "hears": list(each.hears),
         "addresses": list(each.addresses),
     }
 
@@ -176,7 +182,7 @@ async def attach(
     settings: MountSettings,
     reporter: Reporter,
     starting: Starting,
-    will: LastWill,
+    will_fd: int,
 ) -> AsyncIterator[Attached]:
     """Become a member, have the volume ready, and leave at the end; see the module's text.
 
@@ -193,11 +199,11 @@ async def attach(
                 "Run `csvctl check --repair` when the volume is not mounted"
             )
             _log.warning("superblock: %s; the backup is used", peeked.superblock_trouble)
-        async with _member(lun, peeked, settings, reporter, will) as (node, cluster, path):
+        async with _member(lun, peeked, settings, reporter, will_fd) as (node, cluster, path):
             reporter.step("waiting for the other hosts of the volume")
             with starting.stage():
                 locks, start = await node.wait_serving()
-            own = cluster.node
+            own = cluster.me
             assert own is not None
             async with (
                 open_volume(
@@ -220,11 +226,13 @@ async def attach(
 
 @asynccontextmanager
 async def _member(
-    lun: Lun, peeked: Peeked, settings: MountSettings, reporter: Reporter, will: LastWill
+    lun: Lun, peeked: Peeked, settings: MountSettings, reporter: Reporter, will_fd: int
 ) -> AsyncIterator[tuple[ClusterNode, Cluster, DataPath]]:
     """A node of the cluster, which leaves at the end of the block."""
     superblock = peeked.superblock
     credentials = make_credentials()
+    obituary = places.obituary_path(superblock.volume_id)
+    leave_will(will_fd, obituary, credentials.certificate, credentials.key_pem)
     address = settings.cluster_address
     identity = Identity(
         settings.node,
@@ -252,21 +260,23 @@ async def _member(
             nursery.start_soon(path.run)
             async with open_cluster(
                 identity,
-                arbiter,
                 PathKeys(),
-                superblock.volume_id,
+                arbiter,
                 parse_address(address) if address else _NOBODY_LISTENS,
                 credentials,
+                superblock.volume_id,
                 on_effect=node.on_effect,
                 on_network=node.link.take,
-                on_peers=_testator(will, superblock.volume_id, credentials),
+                obituary=obituary,
                 rng=SystemRandom(),
             ) as cluster:
                 node.begin(cluster)
                 yield node, cluster, path
                 await path.detach()
-                await cluster.leave()
-                will.revoke()
+                stop = await cluster.leave()
+                if stop.reason is not StopReason.LEFT:
+                    raise LeaveIncomplete(stop.words)
+                await arbiter.aclose()
         except BaseException:
             path.evict("the daemon ends")
             arbiter.abort()
@@ -283,23 +293,6 @@ async def _look(lun: Lun, settings: MountSettings, reporter: Reporter, lock: Dae
         if lock.take(volume_id):
             return peeked
         await _wait_while_leaving(volume_id, reporter)
-
-
-def _testator(
-    will: LastWill, volume_id: bytes, credentials: Credentials
-) -> Callable[[NodeId, tuple[Peer, ...]], None]:
-    """Writes the last will each time that the node's peers change."""
-
-    def write(own: NodeId, peers: tuple[Peer, ...]) -> None:
-        if own.slot == NEWCOMER_SLOT:
-            return
-        heirs = [
-            (*peer.node, peer.certificate, [str(address) for address in peer.addresses])
-            for peer in peers
-        ]
-        will.write(Will(volume_id, *own, credentials.certificate, credentials.key_pem, heirs))
-
-    return write
 
 
 async def _wait_while_leaving(volume_id: bytes, reporter: Reporter) -> None:

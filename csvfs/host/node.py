@@ -95,7 +95,7 @@ class ClusterNode:
     def begin(self, cluster: Cluster) -> None:
         """This is its place among the others."""
         self._cluster = cluster
-        self.link.use(cluster.network)
+        self.link.use(cluster)
         self._nursery.start_soon(self.link.run, name="lock link")
 
     # -- what the mount waits for ----------------------------------------------------------------
@@ -183,10 +183,9 @@ class ClusterNode:
                 pass  # sessions are the arbiter's business
 
     def _view_installed(self, effect: ViewInstalled) -> None:
-        view, me = effect.view, self._cluster.node
+        view, me = effect.view, self._cluster.me
         assert me is not None
         self.view = view
-        _log.info("view %d: %s", view.epoch, _members(view))
         self._view_changed.set()
         self._view_changed = trio.Event()
         if self.locks is None:
@@ -238,7 +237,7 @@ class ClusterNode:
     # -- journals --------------------------------------------------------------------------------
     async def _replay(self, node: NodeId, used: bool) -> None:
         path, superblock = self._path, self._superblock
-        own = node == self._cluster.node
+        own = node == self._cluster.me
         if used:
             self._told(f"replaying the journal of slot {node.slot}")
             report = await replay_slot(path, superblock, node.slot, node.incarnation)
@@ -253,12 +252,3 @@ class ClusterNode:
         self._replaying.discard(node)
         self._cluster.replayed(node)
         self._recover_kick.set()
-
-
-def _members(view: View) -> str:
-    def named(nodes: tuple[NodeId, ...], what: str) -> list[str]:
-        return [f"{view.slots[node.slot].node_name} ({node}){what}" for node in nodes]
-
-    words = named(view.active, "") + named(view.joining, " joins")
-    words += named(view.to_replay, " is gone, its journal to be replayed")
-    return ", ".join(words) or "nobody"

@@ -2,6 +2,7 @@
 
     /run/csvfs/<volume id>.lock     held by the daemon: the proof that it lives on this host
     /run/csvfs/<volume id>.sock     its admin socket (`csvfs.host.admin`)
+    /run/csvfs/<volume id>.obituary whom to tell that the daemon is dead
     /run/csvfs/<volume id>.json     what is mounted where, and how it ended (`csvfs.host.record`)
     /etc/csvfs/credentials          CHAP users and passwords, mode 0600
     /etc/iscsi/initiatorname.iscsi  the host's InitiatorName, as open-iscsi keeps it
@@ -46,6 +47,10 @@ def lock_path(volume_id: bytes) -> Path:
 
 def socket_path(volume_id: bytes) -> Path:
     return run_directory() / f"{volume_id.hex()}.sock"
+
+
+def obituary_path(volume_id: bytes) -> Path:
+    return run_directory() / f"{volume_id.hex()}.obituary"
 
 
 def record_path(volume_id: bytes) -> Path:
