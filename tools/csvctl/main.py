@@ -18,7 +18,10 @@ from csvctl import console, password
 from csvctl.check_cmd import check
 from csvctl.dump_cmd import dump
 from csvctl.format_cmd import format_lun
+from csvctl.lab.command import make_lab_app
+from csvctl.lock_cmd import lock
 from csvctl.mount_cmd import mount
+from csvctl.node_cmd import node
 from csvctl.outcomes import OUTCOMES, fsck_code
 from csvctl.status_cmd import status
 from csvctl.umount_cmd import umount
@@ -51,6 +54,9 @@ def make_app() -> typer.Typer:
     app.command("check", no_args_is_help=True)(check)
     app.command("dump", no_args_is_help=True)(dump)
     app.command("validate", no_args_is_help=True)(validate)
+    app.add_typer(node, name="node")
+    app.add_typer(lock, name="lock")
+    app.add_typer(make_lab_app(), name="lab")
     return app
 
 
