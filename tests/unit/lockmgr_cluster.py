@@ -33,6 +33,7 @@ from lockmgr.events import (
     Release,
     Send,
     TimerDue,
+    Unresponsive,
     Withdraw,
 )
 from lockmgr.mastering import Choose
@@ -89,6 +90,8 @@ class Cluster:
         self.waiting: dict[Claim, int] = {}
         self.held: dict[Claim, int] = {}
         self.emptied: set[int] = set()
+        self.unresponsive: list[tuple[int, int, str]] = []
+        """Who names whom, and why."""
         self.demotions: list[tuple[int, bytes, Mode]] = []
         self.values: dict[bytes, bytes | None] = {}
         """What a holder of PR or more must see."""
@@ -259,6 +262,8 @@ class Cluster:
                     self.channels[node, to].append(message)
             case Emptied():
                 self.emptied.add(node)
+            case Unresponsive(named, words):
+                self.unresponsive.append((node, named, words))
             case _:
                 self._carry_out_change(node, effect)
 
