@@ -50,7 +50,8 @@ class Acquaintance:
 class PeerBook:
     """See the module's docstring."""
 
-    def __init__(self, fingerprint: bytes, certificate: bytes) -> None:
+    def __init__(self, own_certificate: bytes) -> None:
+        self._own_fingerprint = fingerprint_of(own_certificate)
         self.known: View | None = None
         """The newest view that was read or announced."""
         self.installed: View | None = None
@@ -58,7 +59,7 @@ class PeerBook:
         self.newcomer_key = 0
         self.missing: tuple[NodeId, ...] = ()
         """Nodes to talk to whose certificates are not known, as of the last `acquaintance`."""
-        self._certificates = {fingerprint: certificate}
+        self._certificates = {self._own_fingerprint: own_certificate}
         self._bad: set[bytes] = set()
         self._newcomers: dict[int, _Newcomer] = {}
         self._changed = True
@@ -197,8 +198,8 @@ class PeerBook:
         views = [view for view in (self.known, self.installed) if view is not None]
         wanted = {view.slots[node.slot].fingerprint for view in views for node in view.listed}
         wanted |= {one.request.fingerprint for one in self._newcomers.values()}
-        own = next(iter(self._certificates))
-        for fingerprint in self._certificates.keys() - wanted - {own}:
+        wanted.add(self._own_fingerprint)
+        for fingerprint in self._certificates.keys() - wanted:
             del self._certificates[fingerprint]
         self._bad &= wanted
 

@@ -52,7 +52,7 @@ from lockmgr.cluster.effects import Effect, IoEffect, Stop, StopReason, UpwardEf
 from lockmgr.cluster.errors import ClusterStopped
 from lockmgr.cluster.lease_watch import LeaseWatch
 from lockmgr.cluster.member import Member
-from lockmgr.cluster.messages import Message
+from lockmgr.cluster.messages import Announce, Message
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.network_settings import NetworkSettings
 from lockmgr.cluster.obituary import remove_obituary, write_obituary
@@ -134,7 +134,7 @@ async def open_cluster(
             network,
             arbiter,
             nursery,
-            PeerBook(identity.fingerprint, credentials.certificate),
+            PeerBook(credentials.certificate),
             on_effect,
             on_network,
             partial(write_obituary, obituary, cluster_id, credentials) if obituary else None,
@@ -185,6 +185,7 @@ class Cluster:
         self._misses = trio.Event()
         self._io = 0
         """I/O under way."""
+        self._idle = trio.Event()
         self._was_coordinator = False
         self._complained: set[NodeId] = set()
 
@@ -390,12 +391,12 @@ class Cluster:
         if isinstance(effect, effects.OpenNewcomer):
             self._book.asks_as(effect.key)
         outcome = await self._perform(effect)
-        self._io -= 1
         if isinstance(outcome, Good):
             self._learn(outcome.value)
         self._give(events.Done(effect.op, outcome))
-        if self.stopped is not None:
-            self._changed.set()
+        self._io -= 1
+        if not self._io:
+            self._idle.set()
 
     async def _perform(self, effect: IoEffect) -> Outcome:
         match effect:
@@ -421,11 +422,11 @@ class Cluster:
                 self._book.saw_joins(joins, now)
 
     async def _finish_io(self) -> None:
-        """Wait for what the arbiter still does."""
+        """Wait for what the arbiter still does, as long as one answer may take."""
         with trio.move_on_after(self._settings.path_loss_s):
             while self._io:
-                changed = self._changed = trio.Event()
-                await changed.wait()
+                self._idle = trio.Event()
+                await self._idle.wait()
 
     # -- the network -------------------------------------------------------------------------------
     def _make_known(self) -> None:
@@ -476,11 +477,10 @@ class Cluster:
     def _network_told(self, event: NetworkEvent) -> None:
         match event:
             case Arrived(peer, _, message):
-                if type(message) in _MESSAGES:
-                    if peer.slot != NEWCOMER_SLOT:
-                        self._give(events.Received(peer, message))
-                else:
+                if type(message) not in _MESSAGES:
                     self._hand_over(event)
+                elif peer.slot != NEWCOMER_SLOT and self._can_be(peer, message):
+                    self._give(events.Received(peer, message))
             case Connected(peer):
                 self._on_network(event)
                 if peer.slot != NEWCOMER_SLOT:
@@ -502,8 +502,23 @@ class Cluster:
             words = f"{type(event.message).__name__} is not wanted here"
         except (ProtocolViolation, WireError) as error:
             words = str(error)
-        log.warning("node %s breaks the protocol: %s", event.peer, words)
-        self._network.refuse(event.peer, words)
+        self._refuse(event.peer, words)
+
+    def _can_be(self, peer: NodeId, message: Message) -> bool:
+        """The member takes an announced view for true: what no holder announces ends here."""
+        if isinstance(message, Announce):
+            try:
+                message.view.check()
+                if self.view is not None and message.view.epoch > self.view.epoch:
+                    message.view.follows(self.view)
+            except (AssertionError, ValueError) as error:
+                self._refuse(peer, f"it announces a view that cannot be: {error}")
+                return False
+        return True
+
+    def _refuse(self, peer: NodeId, words: str) -> None:
+        log.warning("node %s breaks the protocol: %s", peer, words)
+        self._network.refuse(peer, words)
 
 
 def _in_words(view: View) -> str:
