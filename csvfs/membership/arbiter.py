@@ -261,7 +261,7 @@ class LunArbiter:
             control = await sessions.open_path(wanted[0])
             survey = await self._survey(control)
             if survey.view.lists(*node):
-                await self._volume.write_slot_block(control, node, wanted)
+                await self._volume.write_slot_block(control, node, wanted, survey.view)
                 data = await sessions.open_path(wanted[1])
                 view = await self._volume.read_view(data)
                 if not view.lists(*node):

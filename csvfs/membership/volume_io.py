@@ -58,7 +58,8 @@ class VolumeIO:
         self._began_ns = began_ns
         if identity.fingerprint != certificate_fingerprint(identity.certificate):
             raise ValueError("the fingerprint is not that of the certificate")
-        self._slot_block(NodeId(0, 1), (), began_ns).encode(superblock.volume_id, 1, 1)
+        sample = self._slot_block(NodeId(0, 1), (), began_ns, identity.addresses)
+        sample.encode(superblock.volume_id, 1, 1)
         self._know(identity.certificate)
 
     # -- asking ----------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ class VolumeIO:
 
     # -- slot blocks -----------------------------------------------------------------------------
     async def write_slot_block(
-        self, registration: Registration, node: NodeId, sessions: Sequence[Session]
+        self, registration: Registration, node: NodeId, sessions: Sequence[Session], view: View
     ) -> None:
         """Over which sessions this node's I/O may come. Stable on return."""
         device, superblock = registration.device, self.superblock
@@ -144,11 +145,14 @@ class VolumeIO:
             version = before[1]
             if before[0].identity.incarnation == node.incarnation:
                 since_ns = before[0].identity.since_ns
-        block = self._slot_block(node, sessions, since_ns)
+        addresses = view.slots[node.slot].addresses or self._identity.addresses
+        block = self._slot_block(node, sessions, since_ns, addresses)
         data = block.encode(superblock.volume_id, address, version + 1)
         await self.ask(registration, lambda: device.write(byte_offset(address), data, fua=True))
 
-    def _slot_block(self, node: NodeId, sessions: Sequence[Session], since_ns: int) -> SlotBlock:
+    def _slot_block(
+        self, node: NodeId, sessions: Sequence[Session], since_ns: int, addresses: tuple[str, ...]
+    ) -> SlotBlock:
         me = self._identity
         identity = DiskIdentity(
             incarnation=node.incarnation,
@@ -158,7 +162,7 @@ class VolumeIO:
             machine_id=me.machine_id,
             boot_id=me.boot_id,
             node_name=me.node_name,
-            addresses=me.addresses,
+            addresses=addresses,
             certificate=me.certificate,
         )
         return SlotBlock(node.slot, identity, tuple(sessions))
