@@ -21,6 +21,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
@@ -63,8 +64,14 @@ def _tell_nobody(*_what: object) -> None:
     """Nobody wants to know."""
 
 
-def _nobody_asked(effect: RangeDone | RangeFound) -> None:
-    raise AssertionError(f"nobody asked for {effect}")
+class RangeWaits(Protocol):
+    """Tasks that wait for byte ranges (`lockmgr.ranges_manager.RangeLocks`)."""
+
+    def answered(self, answer: RangeDone | RangeFound) -> None:
+        """That operation has ended."""
+
+    def abandon(self, why: str) -> None:
+        """Nothing is answered any more."""
 
 
 class LockManager:
@@ -103,8 +110,7 @@ class LockManager:
         self._ticket = 0
         self._emptied = trio.Event()
         self._closed = False
-        self._on_range: Callable[[RangeDone | RangeFound], None] = _nobody_asked
-        """Set by `lockmgr.ranges_manager.RangeLocks`."""
+        self._ranges: RangeWaits | None = None
         nursery.start_soon(self._tick, name="lockmgr timer")
 
     @property
@@ -240,6 +246,10 @@ class LockManager:
         lock = self.core.locks.locks.get(resource.name)
         return lock is not None and lock.held is not None and COVERS[lock.held][mode]
 
+    def wait_for_ranges(self, ranges: RangeWaits) -> None:
+        """``ranges`` is told how operations on byte ranges end."""
+        self._ranges = ranges
+
     # -- the cluster -----------------------------------------------------------------------
     def deliver(self, message: Carried) -> None:
         """A message from another node. Raises `ProtocolViolation` for what no correct peer says."""
@@ -325,7 +335,8 @@ class LockManager:
                 case events.Unresponsive(node, words):
                     self._on_unresponsive(node, words)
                 case RangeDone() | RangeFound():
-                    self._on_range(effect)
+                    assert self._ranges is not None
+                    self._ranges.answered(effect)
                 case events.EpochRefused(message):
                     log.debug("of an earlier epoch: %s", message)
                 case _:
@@ -371,12 +382,16 @@ class LockManager:
         self._step(events.Answered(question.resource, question.asker, question.serial, answer))
 
     async def _tick(self) -> None:
-        while not self._closed:
-            self._timer = trio.CancelScope(deadline=_or_never(self.core.next_timer()))
-            with self._timer:
-                await trio.sleep_forever()
-            if not self._closed:
-                self._step(events.TimerDue())
+        try:
+            while not self._closed:
+                self._timer = trio.CancelScope(deadline=_or_never(self.core.next_timer()))
+                with self._timer:
+                    await trio.sleep_forever()
+                if not self._closed:
+                    self._step(events.TimerDue())
+        finally:
+            if self._ranges is not None:
+                self._ranges.abandon("the lock manager has ended")
 
 
 def _or_never(when: float | None) -> float:

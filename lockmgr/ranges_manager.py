@@ -15,7 +15,7 @@ is answered: either `trio.Cancelled` is raised and nothing was changed (flock: t
 lost), or the lock was granted before, and the call returns as if nothing had been; never both. The
 answer comes from another node, so it may take as long as a recovery. `unlock` and `close` end at
 once when cancelled, but happen all the same; a cancelled `test` is forgotten. `abandon` ends all
-waits, for a node that stops.
+waits, for a node that stops; so does the end of the lock manager.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RangeLocks:
         self._calls: dict[int, _Call] = {}
         self._ticket = 0
         self._abandoned: str | None = None
-        manager._on_range = self._answered
+        manager.wait_for_ranges(self)
 
     def owner(self, kind: Kind, number: int, pid: int = 0) -> Owner:
         """An owner on this node: the kernel's number of a process or of an open file."""
@@ -190,7 +190,8 @@ class RangeLocks:
         call.task = trio.lowlevel.current_task()
         await trio.lowlevel.wait_task_rescheduled(cancelled)
 
-    def _answered(self, answer: Answer) -> None:
+    def answered(self, answer: Answer) -> None:
+        """For the lock manager: how an operation has ended."""
         call = self._calls.get(answer.ticket)
         if call is not None:  # otherwise its task was cancelled
             call.answer = answer
