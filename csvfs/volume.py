@@ -31,6 +31,7 @@ from csvfs.data.reclaim import Reclaimer
 from csvfs.data.truncation import Truncation
 from csvfs.engine.change import ChangeScope, OrphanQueue, ReclaimSignal
 from csvfs.engine.engine import Engine
+from csvfs.engine.glance import Glance
 from csvfs.engine.lock_owner import LockAdapter, LockOwner
 from csvfs.engine.locks import FLUSHED_PREFIXES, Resources
 from csvfs.engine.recovery import Recovery
@@ -84,7 +85,8 @@ class Volume:
         self.reclaimer = Reclaimer(self.engine, parts.device, unmap=parts.unmap)
         self.space = SpaceReader(store, scope.geometry, scope.groups.space)
 
-        namespace = Namespace(self.engine)
+        glance = Glance(self.engine)
+        namespace = Namespace(self.engine, glance)
         self.lookup = namespace.lookup
         self.readdir = namespace.readdir
         self.mkdir = namespace.mkdir
@@ -96,7 +98,7 @@ class Volume:
         self.rmdir = namespace.rmdir
         self.rename = Renamer(self.engine).rename
 
-        metadata = Metadata(self.engine, truncation)
+        metadata = Metadata(self.engine, glance, truncation)
         self.getattr = metadata.getattr
         self.setattr = metadata.setattr
         self.getxattr = metadata.getxattr
@@ -216,7 +218,15 @@ async def open_volume(
             locks.register_owner(prefix, owner)
         groups = Groups(geometry, resources)
         scope = ChangeScope(
-            geometry, resources, groups, table, slot, options.clock, ReclaimSignal(), OrphanQueue()
+            geometry,
+            resources,
+            groups,
+            table,
+            slot,
+            options.clock,
+            lambda: len(locks.core.members) > 1,
+            ReclaimSignal(),
+            OrphanQueue(),
         )
         volume = Volume(VolumeParts(device, store, locks, scope, superblock.unmap_allowed))
         async with trio.open_nursery() as nursery:

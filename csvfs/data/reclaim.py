@@ -9,7 +9,8 @@ states, and survives any number of crashes in either: on the list and allocated,
 A round
     1. take apart dead inodes on the list: their units and blocks become items of their own,
        a transaction's worth at a time, and at last their own block does
-    2. wait until what the list says is stable, and home writes of freed blocks have ended
+    2. wait until what the list says is stable, and home writes of freed blocks have ended; bring
+       home what other nodes may still look at (`csvfs.engine.change.Change.free_inode`)
     3. UNMAP the data units, where the target's probe allows it: a hint, and harmless now
     4. clear the bits and remove the items, in order of address: one group after the other
 
@@ -183,6 +184,7 @@ class Reclaimer:
         if self._hurried:
             await store.commit()
         await store.settle()
+        await store.put_to_rest({item.address for item in items if item.kind is ReclaimKind.BLOCK})
         await self._discard(items)
         left = items
         while left:
@@ -205,6 +207,7 @@ class Reclaimer:
             if item.kind is ReclaimKind.DATA:
                 self.units_freed += item.units
             else:
+                self._engine.store.forget_block(item.address)
                 self.blocks_freed += 1
         return done
 

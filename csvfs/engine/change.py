@@ -105,6 +105,8 @@ class ChangeScope:
     slot: int
     clock: Callable[[], int]
     """Now, in ns since the epoch."""
+    has_peers: Callable[[], bool]
+    """Are there other nodes that have the volume mounted?"""
     reclaim: ReclaimSignal
     orphans: OrphanQueue
 
@@ -262,13 +264,18 @@ class Change:
         self._buried.append(inode.ino)
 
     def free_inode(self, inode: Inode, slot: int | None = None) -> None:
-        """The last thing that a dead inode owned is gone: its own block goes too."""
+        """The last thing that a dead inode owned is gone: its own block goes too.
+
+        As long as the map says that the block is in use, another node whose kernel knows the inode
+        may look there, and must find that it is dead: so its last image goes home.
+        """
         if inode.units or inode.metadata_blocks:
             raise Damaged(
                 f"inode {inode.ino} counts {inode.units} units and {inode.metadata_blocks} blocks"
                 " and has none of them"
             )
-        self.tx.free(inode.ino)
+        if not self.scope.has_peers():
+            self.tx.free(inode.ino)
         self.reclaim_list(slot).replace(inode.ino, _reclaim_value(ReclaimKind.BLOCK, 1))
         self._buried.append(inode.ino)
 

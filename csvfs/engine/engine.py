@@ -14,18 +14,18 @@ Concurrency: no task of its own; everything runs in the caller's.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Final, TypeVar
 
 from csvfs.engine.change import Change, ChangeScope
 from csvfs.errors import Damaged, FilesystemError, NoSpace, NotFound, StaleInode, VolumeFailed
 from csvfs.journal.store import Store
-from csvfs.journal.transaction import MAX_TX_BLOCKS, BlockKey, BlockReader, Transaction
-from csvfs.namespace.inode import Attributes, Inode, attributes_of
+from csvfs.journal.transaction import MAX_TX_BLOCKS, BlockReader, Transaction
+from csvfs.namespace.inode import Inode
 from csvfs.namespace.inode_table import InodeState
-from csvfs.ondisk.block import BadBlock, BlockType
+from csvfs.ondisk.block import BadBlock
 from csvfs.ondisk.geometry import ROOT_INODE
 from lockmgr.errors import LockTimeout
 from lockmgr.lock import Lock
@@ -129,32 +129,6 @@ class Engine:
         """The inode's lock in EX, not shared: nobody else reads, writes or looks."""
         return Held(self, ino, Mode.EX, False, generation, named)
 
-    async def attributes_of_all(self, wanted: Mapping[int, int]) -> dict[int, Attributes]:
-        """What stat(2) tells of many inodes (number: generation), each at a moment of its own.
-
-        Those whose locks are to be had at once are read together; the others are waited for one
-        by one, with none in hand: a file may have names in several directories, so there is no
-        order in which to hold a directory's children.
-        """
-        found: dict[int, Attributes] = {}
-        with ExitStack() as held:
-            at_once = []
-            for ino in sorted(wanted):
-                lock = self.locks.try_acquire(self.resources.inode(ino), Mode.PR, True)
-                if lock is not None:
-                    held.enter_context(lock)
-                    at_once.append(ino)
-            absent = [ino for ino in at_once if self.table.state(ino).inode is None]
-            await self.look(
-                lambda reader: reader.require(BlockKey(i, BlockType.INODE, i) for i in absent)
-            )
-            for ino in at_once:
-                found[ino] = attributes_of((await self.load(ino, wanted[ino])).fields())
-        for ino in sorted(wanted.keys() - found.keys()):
-            async with self.looking(ino, wanted[ino]) as state:
-                found[ino] = attributes_of(state.fields())
-        return found
-
     @asynccontextmanager
     async def last_user(self, state: InodeState) -> AsyncIterator[bool]:
         """True if nobody has the inode, which is locked alone, open or knows of it, on any node;
@@ -233,6 +207,8 @@ class Engine:
                     )
                     if inode.nlink or generation is not None:
                         return inode
+        # The block is nobody's, or about to be: who gets it next knows nothing of this lock.
+        self.store.cache.forget_clean(ino)
         raise NotFound(f"there is no inode {ino}")
 
     # -- bodies ----------------------------------------------------------------------------

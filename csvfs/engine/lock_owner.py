@@ -13,6 +13,7 @@ from typing import Final
 
 import trio
 
+from csvfs.engine.glance import glimpsed
 from csvfs.engine.locks import INODE_PREFIX, Resources, lock_order
 from csvfs.errors import VolumeFailed
 from csvfs.journal.store import Store
@@ -91,8 +92,15 @@ class LockOwner:
             await trio.sleep_forever()
 
     async def glimpse(self, resource: Resource) -> bytes:
-        del resource
-        return b""
+        ino = inode_of(resource)
+        state = None if ino is None else self._table.get(ino)
+        if state is None or not (state.handles or self._costs(state)):
+            return b""  # let them have the lock, and they need not ask again
+        return glimpsed(state)
+
+    def _costs(self, state: InodeState) -> bool:
+        """Would giving up its lock take a write?"""
+        return state.dirty or bool(self._store.journal.state.journaled(state.resource))
 
 
 def inode_of(resource: Resource) -> int | None:

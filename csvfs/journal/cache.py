@@ -239,6 +239,11 @@ class BlockCache:
         if load is not None:
             load.void = True
 
+    def forget_clean(self, address: int) -> None:
+        """What was read there is nobody's: forget it, unless the journal needs it."""
+        if address in self._clean:
+            self.forget(address)
+
     # -- what the locks tell -----------------------------------------------------------------
     def drop(self, resource: Hashable) -> None:
         """The lock is gone: forget the blocks that it covers. None may be pinned any more."""

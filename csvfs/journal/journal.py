@@ -36,7 +36,7 @@ and replaced at every step forward.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Collection, Hashable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -337,11 +337,19 @@ class Journal:
         if state.in_memory(resource):
             await self.commit()
         await self.flush(mark)
-        if not state.journaled(resource):
+        await self._put_to_rest(lambda: state.journaled(resource))
+
+    async def put_to_rest(self, addresses: Collection[int]) -> None:
+        """As `flush_owned`, for some blocks whose last change is stable, and which nobody changes
+        any more."""
+        await self._put_to_rest(lambda: self.state.live(addresses))
+
+    async def _put_to_rest(self, journaled: Callable[[], set[int]]) -> None:
+        if not journaled():
             return
         try:
             with trio.CancelScope(shield=True):
-                await self._checkpointer.bring_home(state.journaled(resource))
+                await self._checkpointer.bring_home(journaled())
                 # A checkpoint may have picked the same images before they were known to be home,
                 # and be writing them a second time: that must not land after the lock is gone.
                 await self._checkpointer.settle()
@@ -349,8 +357,8 @@ class Journal:
         except BlockError as error:
             self._fail(error)
             self.raise_if_failed()
-        left = state.journaled(resource)
-        assert not left & state.unhomed.keys(), f"{resource!r} is given up while it is changed"
+        left = journaled()
+        assert not left & self.state.unhomed.keys(), f"{left} are given up while they are changed"
         await self._revoke(left)
 
     async def _revoke(self, addresses: set[int]) -> None:

@@ -24,7 +24,7 @@ invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
@@ -254,6 +254,14 @@ class JournalState:
         for record in self.ring.live:
             found.difference_update(record.revokes)
             found.update(record.owned.get(resource, ()))
+        return found
+
+    def live(self, addresses: Collection[int]) -> set[int]:
+        """Those of which replay would find a live image in the records on the LUN."""
+        found: set[int] = set()
+        for record in self.ring.live:
+            found.difference_update(record.revokes)
+            found.update(key.address for key in record.keys if key.address in addresses)
         return found
 
     def in_memory(self, resource: Hashable) -> bool:

@@ -10,7 +10,7 @@ A body is a synchronous function of a `Transaction` (or a `BlockReader`); see
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import AsyncIterator, Callable, Collection, Hashable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -211,6 +211,16 @@ class Store:
         A block whose free was stable before the call may become anything else after it.
         """
         await self.journal.settle()
+
+    async def put_to_rest(self, addresses: Collection[int]) -> None:
+        """Blocks that were changed for the last time, stably, are at home, and replay of this
+        node's journal touches them no more. `forget_block` follows when they are given away."""
+        await self.journal.put_to_rest(addresses)
+
+    def forget_block(self, address: int) -> None:
+        """A block that was put to rest is nobody's any more."""
+        assert address not in self.journal.state.unhomed, f"block {address} is given away unhomed"
+        self.cache.forget(address)
 
     # -- locks -----------------------------------------------------------------------------
     async def flush_owned(self, resource: Hashable) -> None:

@@ -41,6 +41,9 @@ from redirector.block.device import MediumError
 
 _log: Final = logging.getLogger("csvfs.inodes")
 
+_SEEN: Final = 4096
+"""More than the entries of any listing."""
+
 
 class FileState:
     """What reading and writing a regular file needs to remember."""
@@ -143,6 +146,8 @@ class InodeTable:
         self._budget = MapBudget()
         self._states: dict[int, InodeState] = {}
         self._dirty: dict[int, InodeState] = {}
+        self._seen: dict[int, int] = {}
+        """Generations of inodes that were only asked for, until the kernel is told of them."""
         self.lowered: set[int] = set()
         """Inodes whose locks are being given up: what was dirty has been written back, and nothing
         makes them dirty again (`csvfs.engine.lock_owner`)."""
@@ -216,6 +221,30 @@ class InodeTable:
             state.inode = None
             if state.file is not None:
                 state.file.map.clear()
+
+    # -- what the kernel knows -------------------------------------------------------------
+    def saw(self, ino: int, generation: int) -> None:
+        """The node that may write the inode said that it is of this generation now."""
+        state = self._states.get(ino)
+        if state is not None:
+            state.generation = generation
+            return
+        if len(self._seen) >= _SEEN:
+            self._seen.clear()
+        self._seen[ino] = generation
+
+    def remember(self, ino: int, count: int) -> None:
+        """The kernel was told of an inode, whose attributes this node has just found."""
+        state = self._states.get(ino)
+        if state is None:
+            state = self.state(ino)
+            state.generation = self._seen.pop(ino, 0)
+        state.lookups += count
+
+    def let_go(self, state: InodeState) -> None:
+        """A count went down: drop the state if nobody needs it any more."""
+        if state.inode is None and not (state.known or state.orphan or state.unstable):
+            self._states.pop(state.ino, None)
 
     # -- dirt ------------------------------------------------------------------------------
     def note_dirty(self, state: InodeState) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 from csvfs.data.truncation import Truncation
 from csvfs.engine.change import Change
 from csvfs.engine.engine import Engine
+from csvfs.engine.glance import Glance
 from csvfs.errors import NoAttribute
 from csvfs.namespace.inode import Attributes, SetAttributes, attributes_of, within_time
 from csvfs.namespace.inode_table import InodeState
@@ -30,14 +31,14 @@ _PERMISSIONS: Final = 0o7777
 class Metadata:
     """Operations on attributes. Each raises `csvfs.errors.FilesystemError` and its kinds."""
 
-    def __init__(self, engine: Engine, truncation: Truncation) -> None:
+    def __init__(self, engine: Engine, glance: Glance, truncation: Truncation) -> None:
         self._engine = engine
+        self._glance = glance
         self._truncation = truncation
 
     async def getattr(self, ino: int) -> Attributes:
         """What stat(2) tells. Raises `NotFound`, `StaleInode`."""
-        async with self._engine.looking(ino) as state:
-            return attributes_of(state.fields())
+        return await self._glance.attributes(ino)
 
     async def setattr(self, ino: int, changes: SetAttributes) -> Attributes:
         """chmod, chown, truncate and utimens, any of them at once. A new size comes first.

@@ -19,6 +19,7 @@ from typing import Final
 
 from csvfs.engine.change import Change
 from csvfs.engine.engine import Engine
+from csvfs.engine.glance import Glance
 from csvfs.errors import (
     InvalidArgument,
     IsADirectory,
@@ -72,8 +73,9 @@ class DirectoryEntry:
 class Namespace:
     """Operations on names. Each raises `csvfs.errors.FilesystemError` and its kinds."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, glance: Glance) -> None:
         self._engine = engine
+        self._glance = glance
 
     # -- looking ---------------------------------------------------------------------------
     async def lookup(self, parent: int, name: bytes) -> Attributes:
@@ -88,8 +90,7 @@ class Namespace:
             if name == DOT:
                 return attributes_of(inode)
             entry = await self._find(directory, name)
-            async with self._engine.looking(entry.ino, entry.generation) as child:
-                return attributes_of(child.fields())
+            return await self._glance.attributes(entry.ino, entry.generation)
 
     async def _above(self, ino: int) -> Attributes:
         """The directory that names the directory ``ino``.
@@ -162,7 +163,7 @@ class Namespace:
             inode = require_present(require_directory(state))
             entries = await engine.look(lambda reader: read_entries(reader, inode, behind, left))
             engine.note_access(state)
-            children = await engine.attributes_of_all({e.ino: e.generation for e in entries})
+            children = await self._glance.attributes_of_all({e.ino: e.generation for e in entries})
             # The directory stays locked until the caller goes on: no child can lose its name
             # before its lookup is counted.
             return found + [

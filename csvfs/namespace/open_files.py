@@ -121,6 +121,7 @@ class OpenFiles:
         if state.handles == 0 and state.open_lock is not None:
             state.open_lock.release()
             state.open_lock = None
+        self._table.let_go(state)
 
     async def release(self, handle: Handle) -> None:
         """The last close of what `open` or `create` gave."""
@@ -141,7 +142,7 @@ class OpenFiles:
 
         To be called before anything else is awaited after the call that gave the attributes.
         """
-        self._table.state(ino).lookups += count
+        self._table.remember(ino, count)
 
     async def forget(self, ino: int, count: int) -> None:
         """The kernel gives back ``count`` of what it was told."""
@@ -152,6 +153,8 @@ class OpenFiles:
         state.lookups -= count
         if state.orphan and not state.known:
             await self._orphans.retire(ino)
+        else:
+            self._table.let_go(state)
 
     async def forget_all(self) -> None:
         """The kernel is gone: every handle and lookup with it."""

@@ -77,7 +77,7 @@ async def test_an_orphan_is_an_inode_only_where_the_map_says_so(
         _,
     ):
         recovered = await volume.recover(SLOT)
-        assert recovered == ((0, 1, 0) if kind is OrphanKind.TRUNCATE else (0, 0, 1))
+        assert recovered[:3] == ((0, 1, 0) if kind is OrphanKind.TRUNCATE else (0, 0, 1))
         await volume.reclaimer.drain()
         assert await data_state(volume, unit) is UnitState.DATA
         assert lun.blocks[address] == forged

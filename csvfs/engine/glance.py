@@ -1,0 +1,158 @@
+"""stat(2) of what another node is writing to: asked of that node, which gives nothing up.
+
+Theory. A node that holds an inode's lock EX has its size and times in memory, newer than anything
+on the LUN. To look at them with a lock of one's own would take the lock from the writer: journal,
+home, a flush, and for an image that a guest runs from a pause. So, as Lustre does with glimpse
+callbacks, who only wants the attributes
+
+    1. takes PR, if it is to be had without anybody giving up anything;
+    2. else asks the holder (`lockmgr.manager.LockManager.glimpse`), which answers from memory if it
+       has the file open, or would have to write something to give the lock up;
+    3. else, since the holder has no use for the lock, or is no more, waits for PR.
+
+The answer is the inode as it was at a moment between question and answer, so it is never stale.
+
+Concurrency: no task of its own, except one per inode that others hold while many are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from struct import Struct
+from typing import Final
+
+import trio
+
+from csvfs.engine.engine import Engine
+from csvfs.errors import FilesystemError, NotFound, StaleInode
+from csvfs.journal.transaction import BlockKey
+from csvfs.namespace.inode import Attributes, attributes_of
+from csvfs.namespace.inode_table import InodeState
+from csvfs.ondisk.block import BlockType
+from lockmgr.errors import LockTimeout
+from lockmgr.lock import Lock
+from lockmgr.modes import Mode
+
+ANSWER: Final = Struct("<QIIIIIQQIqqqq")
+"""The fields of `Attributes`, in their order."""
+AT_A_TIME: Final = 64
+"""Questions on their way for one listing."""
+
+
+class Glance:
+    """Attributes of inodes whose locks may be anywhere."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._locks = engine.locks
+        self._table = engine.table
+
+    async def attributes(self, ino: int, generation: int | None = None) -> Attributes:
+        """What stat(2) tells. ``generation`` is from an entry of a directory whose lock is held.
+
+        Raises `NotFound` for an inode that is gone, `StaleInode` for another generation.
+        """
+        engine = self._engine
+        engine.journal.raise_if_failed()
+        resource = engine.resources.inode(ino)
+        lock = self._locks.try_acquire(resource, Mode.PR, True)
+        if lock is None and not self._locks.node_holds(resource, Mode.PR):
+            try:
+                lock = await self._locks.acquire(resource, Mode.PR, True, timeout_s=0)
+            except LockTimeout:
+                answer = await self._locks.glimpse(resource)
+                if answer:
+                    return self._known(Attributes(*ANSWER.unpack(answer)), generation)
+        if lock is None:
+            lock = await self._locks.acquire(resource, Mode.PR, True)
+        return await self._read(lock, ino, generation)
+
+    async def _read(self, lock: Lock, ino: int, generation: int | None) -> Attributes:
+        with lock:
+            return attributes_of((await self._engine.load(ino, generation)).fields())
+
+    def _known(self, found: Attributes, generation: int | None) -> Attributes:
+        """An answer, if it is of the inode that was meant."""
+        state = self._table.get(found.ino)
+        known = state is not None and state.known
+        if generation is None:
+            kept = state is not None and (state.handles or state.orphan)
+            if not (found.nlink or kept):
+                raise NotFound(f"inode {found.ino} has lost its last name")
+            generation = state.generation if state is not None and known else found.generation
+        if found.generation != generation:
+            raise StaleInode(
+                f"inode {found.ino} is of generation {found.generation}, not {generation}"
+            )
+        self._table.saw(found.ino, generation)
+        return found
+
+    async def attributes_of_all(self, wanted: Mapping[int, int]) -> dict[int, Attributes]:
+        """The attributes of many inodes (number: generation), each at a moment of its own.
+
+        Those whose locks are to be had at once are read together; the others are asked for
+        concurrently, each with none of the others in hand: a file may have names in several
+        directories, so there is no order in which to hold a directory's children.
+        """
+        engine = self._engine
+        found: dict[int, Attributes] = {}
+        with ExitStack() as held:
+            at_once = []
+            for ino in sorted(wanted):
+                lock = self._locks.try_acquire(engine.resources.inode(ino), Mode.PR, True)
+                if lock is not None:
+                    held.enter_context(lock)
+                    at_once.append(ino)
+            absent = [ino for ino in at_once if self._table.state(ino).inode is None]
+            await engine.look(
+                lambda reader: reader.require(BlockKey(i, BlockType.INODE, i) for i in absent)
+            )
+            for ino in at_once:
+                found[ino] = attributes_of((await engine.load(ino, wanted[ino])).fields())
+        if len(found) < len(wanted):
+            await self._ask(wanted, sorted(wanted.keys() - found.keys()), found)
+        return found
+
+    async def _ask(
+        self, wanted: Mapping[int, int], inos: Iterable[int], found: dict[int, Attributes]
+    ) -> None:
+        waiting = iter(inos)
+        failures: list[FilesystemError] = []
+
+        async def work() -> None:
+            for ino in waiting:
+                if failures:
+                    return
+                try:
+                    found[ino] = await self.attributes(ino, wanted[ino])
+                except FilesystemError as error:
+                    failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(AT_A_TIME, len(wanted) - len(found))):
+                nursery.start_soon(work)
+        if failures:
+            raise failures[0]
+
+
+def glimpsed(state: InodeState) -> bytes:
+    """The answer of a node that holds the inode's lock in EX; empty: it has nothing in memory."""
+    if state.inode is None:
+        return b""
+    shown = attributes_of(state.inode)
+    return ANSWER.pack(
+        shown.ino,
+        shown.generation,
+        shown.mode,
+        shown.uid,
+        shown.gid,
+        shown.nlink,
+        shown.size,
+        shown.blocks,
+        shown.rdev,
+        shown.atime_ns,
+        shown.mtime_ns,
+        shown.ctime_ns,
+        shown.btime_ns,
+    )
