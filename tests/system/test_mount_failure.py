@@ -101,7 +101,7 @@ def test_an_evicted_mount_ends_with_its_reason(tgt: Tgt, host: Host) -> None:
         wait_until(lambda: not host.daemons(), "the daemon to end")
         shown = mnt.status()
         assert shown["state"] == "failed"
-        assert "member list" in shown["reason"]
+        assert "does not list this node" in shown["reason"]
 
 
 def forget_members(lun: Path) -> None:
