@@ -90,7 +90,7 @@ class LunArbiter:
         self.trouble = ""
         """Why the last I/O that was not Good was not; empty after one that was."""
         self._sessions = Sessions(lun, initiator_name, rng, on_lost)
-        self._volume = VolumeIO(lun, superblock, identity, now_ns())
+        self._volume = VolumeIO(self._sessions.control_lun, superblock, identity, now_ns())
         self._on_opened = on_opened
         self._resetting = False
 
@@ -327,7 +327,10 @@ class LunArbiter:
         stragglers = await self._all_of(holder, effect.stragglers, registered)
         victims = [Victim(key=key) for key in dict.fromkeys(keys) if key not in own]
         victims += [Victim(port=port) for port in dict.fromkeys(ports)]
-        await fence(self.lun, holder, victims, stragglers=lambda: stragglers)
+        lun = self._sessions.control_lun
+        await _as_long_as_it_lives(
+            holder, lambda: fence(lun, holder, victims, stragglers=lambda: stragglers)
+        )
 
     async def _all_of(
         self, holder: Registration, nodes: Sequence[NodeId], registered: Sequence[int]
@@ -371,6 +374,26 @@ def _present(registration: Registration | None) -> Registration:
     if registration is None:
         raise OutcomeUnknown("there is no such session")
     return registration
+
+
+async def _as_long_as_it_lives(path: Registration, work: Callable[[], Awaitable[None]]) -> None:
+    """Do what also uses other sessions; given up with `OutcomeUnknown` when this one is lost."""
+    outcome: BlockError | None = OutcomeUnknown("the session was lost meanwhile")
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            await path.device.wait_lost()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        try:
+            await work()
+            outcome = None
+        except BlockError as error:
+            outcome = error
+        nursery.cancel_scope.cancel()
+    if outcome is not None:
+        raise outcome
 
 
 async def _contend(contest: Awaitable[None]) -> Contest:

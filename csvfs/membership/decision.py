@@ -261,7 +261,9 @@ def _judge(seen: Observation, number: int, host: Host, has_daemon_lock: bool) ->
     if (entry.machine_id, entry.node_name) != (host.machine_id, host.node_name):
         block = seen.slot_blocks.get(number)
         known = block is not None and block.identity.incarnation == entry.incarnation
-        addresses = block.identity.addresses if block is not None and known else ()
+        addresses = entry.addresses
+        if block is not None and known and not addresses:
+            addresses = block.identity.addresses
         return RefuseOther(number, entry.node_name, addresses, entry.since_ns)
     if entry.boot_id == host.boot_id and not has_daemon_lock:
         return RefuseMountedHere()

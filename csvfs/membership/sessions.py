@@ -67,7 +67,8 @@ class Sessions:
         self.restarted = False
         """When the present paths were opened: the target had forgotten earlier ones."""
         self.ended = False
-        self._control_lun = lun.with_patience(CONTROL_PATIENCE_S)
+        self.control_lun = lun.with_patience(CONTROL_PATIENCE_S)
+        """For small I/O, and for fences: the first login on it has the own InitiatorName."""
         self._newcomer_port = choose_port(initiator_name, rng)
         self._ports = {
             SessionKind.CONTROL: choose_port(initiator_name, rng),
@@ -150,7 +151,7 @@ class Sessions:
         """In place of the one before it."""
         self.drop_newcomer()
         port = self._newcomer_port
-        device = await self._log_in(self._control_lun, port)
+        device = await self._log_in(self.control_lun, port)
         try:
             registration = await self._register(device, key)
             self._expect_alive(device)
@@ -185,7 +186,7 @@ class Sessions:
         """Log in and REGISTER; `adopt` or `give_up` follows."""
         is_control = session.kind is SessionKind.CONTROL
         port = InitiatorPort(session.initiator_name, session.isid)
-        device = await self._log_in(self._control_lun if is_control else self.lun, port)
+        device = await self._log_in(self.control_lun if is_control else self.lun, port)
         try:
             if is_control:
                 await self._look_for_restart(device)
@@ -226,7 +227,8 @@ class Sessions:
         self.control = self.data = None
         if not dropped:
             return
-        _log.warning("%s: the paths are closed: %s", self.lun.url, why)
+        level = logging.INFO if self.ended else logging.WARNING
+        _log.log(level, "%s: the paths are closed: %s", self.lun.url, why)
         for registration in dropped:
             registration.device.on_lost = None
         self._on_lost(tuple(registration.key for registration in dropped))

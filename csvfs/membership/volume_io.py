@@ -38,6 +38,7 @@ _Answer = TypeVar("_Answer")
 
 _MAX_CERTIFICATES: Final = 256
 _STRANGER_RESETS: Final = 3
+_VIEW_READS: Final = 3
 
 
 class ViewUnreadable(BlockError):
@@ -92,10 +93,12 @@ class VolumeIO:
     async def read_view(self, registration: Registration) -> View:
         """Raises `ViewUnreadable`."""
         device, volume_id = registration.device, self.superblock.volume_id
-        try:
-            return await self.ask(registration, lambda: read_view(device, volume_id))
-        except NoView as error:
-            raise ViewUnreadable(f"the view cannot be read: {error}") from error
+        for _ in range(_VIEW_READS):
+            try:
+                return await self.ask(registration, lambda: read_view(device, volume_id))
+            except NoView as error:  # perhaps both copies were being written, one after the other
+                trouble = error
+        raise ViewUnreadable(f"the view cannot be read: {trouble}") from trouble
 
     async def write_view(self, registration: Registration, view: View) -> None:
         """Stable on return."""

@@ -242,6 +242,8 @@ def decode_heartbeat(block: Block, address: int, volume_id: bytes, slot: int) ->
 def encode_join(request: JoinRequest, volume_id: bytes, address: int) -> bytearray:
     """The sealed block; its version is the sequence + 1. Raises ValueError when something does not
     fit, or the fingerprint is not the certificate's: it is not written, but made of that."""
+    if not request.certificate:
+        raise ValueError("a request without a certificate")
     if request.fingerprint != certificate_fingerprint(request.certificate):
         raise ValueError("the fingerprint is not that of the certificate")
     block = new_block(BlockType.JOIN, address, request.slot, volume_id)
@@ -265,6 +267,8 @@ def decode_join(block: Block, address: int, volume_id: bytes, slot: int) -> Join
     """Verify and read one. Raises `BadBlock`."""
     verify(block, address, BlockType.JOIN, volume_id, slot)
     who = Identity.unpack(block, address, BlockType.JOIN)
+    if not who.certificate:
+        raise BadBlock(address, BlockType.JOIN, "there is no certificate in it")
     (sequence,) = JOIN_SEQUENCE.unpack_from(block, JOIN_SEQUENCE_OFFSET)
     return JoinRequest(
         slot,

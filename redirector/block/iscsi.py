@@ -91,7 +91,7 @@ class IscsiLun(Lun):
         self._patience = Patience(options.ping_timeout_s, options.most_patience_s, options.calm_s)
         user = credentials.user if credentials else ""
         self.url = str(LunUrl("iscsi", host=host, port=port, target=target, lun=lun, user=user))
-        self._initiator = _ANONYMOUS_INITIATOR
+        self._initiator = ""
 
     def with_patience(self, most_s: float) -> IscsiLun:
         """See `Lun.with_patience`."""
@@ -102,7 +102,7 @@ class IscsiLun(Lun):
 
     async def login(self, port: InitiatorPort, *, timeout_s: float = 10.0) -> IscsiDevice:
         """See `Lun.login`. Raises `ValueError` for an ISID that `isid_valid` denies."""
-        self._initiator = port.name
+        self._initiator = self._initiator or port.name
         deadline = trio.current_time() + timeout_s
         nexus = await self._connect(port, deadline)
         device = IscsiDevice(self.url, port, nexus)
@@ -118,10 +118,12 @@ class IscsiLun(Lun):
         return device
 
     async def reset(self, *, timeout_s: float = 2.0) -> None:
-        """See `Lun.reset`. The session uses the initiator name of the last `login`."""
+        """See `Lun.reset`. The session has the initiator name of the first `login`: later ones may
+        have been reinstatements in the name of others."""
         deadline = trio.current_time() + timeout_s
         isid = 0x80 << 40 | secrets.randbits(40)
-        nexus = await self._connect(InitiatorPort(self._initiator, isid), deadline)
+        name = self._initiator or _ANONYMOUS_INITIATOR
+        nexus = await self._connect(InitiatorPort(name, isid), deadline)
         try:
             if nexus.lost.is_set():
                 raise Unreachable(f"{self.url}: {nexus.why}")

@@ -11,14 +11,14 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from csvfs.format import byte_offset
+from csvfs.format import VIEW_ADDRESSES, VIEW_BYTES, byte_offset
 from lockmgr.cluster import effects
 from lockmgr.cluster.outcomes import Good, Outcome, Unknown
 from lockmgr.cluster.view import NodeId
 from redirector.block.arbiter import Op
 from redirector.block.device import InitiatorPort, OutcomeUnknown
 from redirector.block.keys import PathKey
-from redirector.block.simulated import SimulatedDevice
+from redirector.block.simulated import Command, SimulatedDevice
 from tests.unit.arbiter_bench import NODE, OFFICER, Bench, Node, open_bench
 
 VICTIM = NodeId(2, 3)
@@ -214,3 +214,51 @@ async def test_many_are_fenced_at_once() -> None:
         address = byte_offset(bench.superblock.geometry.slot_block(VICTIM.slot))
         assert [c.offset_bytes for c in bench.commands if c.length_bytes == 4096 and c.op is Op.READ
                 and c.port == holder.control.device.port].count(address) == 1  # fmt: skip
+
+
+async def test_a_fence_ends_with_the_session_that_wants_it() -> None:
+    """Else a coordinator that lost its path would wait for logins that nobody answers."""
+    async with holder_and_victim() as (bench, holder, victim):
+        bench.lun.drains_wait()
+        hold = bench.lun.hold(lambda c: c.data == b"L" * 512)
+        answers: list[Outcome] = []
+
+        async def fence() -> None:
+            answers.append(await holder.do(effects.Fence(2, (), (VICTIM,))))
+
+        async def write() -> None:
+            with pytest.raises(OutcomeUnknown):
+                await victim.data.device.write(AT, b"L" * 512)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await hold.wait_held()
+            nursery.start_soon(fence)
+            await victim.data.device.wait_lost()
+            await trio.testing.wait_all_tasks_blocked()
+            bench.lun.disconnect(lambda port: port.name.endswith("alpha"))
+            await trio.testing.wait_all_tasks_blocked()
+            assert answers == [Unknown()]
+        hold.lift()
+
+
+async def test_a_view_that_is_just_being_written_is_read_again() -> None:
+    async with holder_and_victim() as (bench, holder, _):
+        good = {at: bench.lun.blocks[at] for at in VIEW_ADDRESSES}
+        for at in VIEW_ADDRESSES:
+            bench.lun.blocks[at] = bytes(4096)
+        reads = 0
+
+        def mend(command: Command) -> bool:
+            nonlocal reads
+            reads += command.length_bytes == VIEW_BYTES
+            if reads == 4:
+                bench.lun.blocks.update(good)
+            return False
+
+        bench.lun.hold(mend)
+        assert isinstance(await holder.do(effects.Survey(2)), Good)
+        for at in VIEW_ADDRESSES:
+            bench.lun.blocks[at] = bytes(4096)
+        assert await holder.do(effects.Survey(3)) == Unknown()
+        assert "view cannot be read" in holder.arbiter.trouble

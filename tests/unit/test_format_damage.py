@@ -178,6 +178,16 @@ def test_too_long_texts_are_refused() -> None:
         )
 
 
+def test_a_join_block_without_a_certificate_is_none() -> None:
+    with pytest.raises(ValueError, match="without a certificate"):
+        fmt.encode_join(replace(_join, certificate=b"", fingerprint=bytes(32)), VOLUME, 178)
+    block = fmt.encode_join(_join, VOLUME, 178)
+    fmt.CERTIFICATE_LENGTH.pack_into(block, fmt.CERTIFICATE_OFFSET, 0)
+    fmt.seal(block, 2)
+    with pytest.raises(BadBlock, match="no certificate"):
+        fmt.decode_join(block, 178, VOLUME, 2)
+
+
 def test_a_join_block_cannot_claim_the_fingerprint_of_another() -> None:
     with pytest.raises(ValueError, match="not that of the certificate"):
         fmt.encode_join(replace(_join, fingerprint=b"F" * 32), VOLUME, 178)

@@ -115,7 +115,7 @@ heartbeats = st.builds(
 
 @st.composite
 def join_requests(draw: st.DrawFn) -> fmt.JoinRequest:
-    certificate = draw(certificates)
+    certificate = draw(st.binary(min_size=1, max_size=fmt.MAX_CERTIFICATE_BYTES))
     return fmt.JoinRequest(
         slot=draw(slot_numbers),
         key=draw(u64),
