@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from csvfs.allocation.affinity import Affinity
 from csvfs.allocation.allocator import Groups
 from csvfs.data.device import DataDevice, told
 from csvfs.data.path import DataPath
@@ -46,6 +47,7 @@ from csvfs.namespace.open_files import OpenFiles
 from csvfs.namespace.orphans import Orphans
 from csvfs.namespace.rename import Renamer
 from csvfs.ondisk.block import BLOCK_BYTES, BLOCKS_PER_UNIT
+from csvfs.ondisk.geometry import Geometry
 from csvfs.ondisk.superblock import Superblock
 from lockmgr.manager import LockManager
 from redirector.block.device import BlockError, BlockIO
@@ -225,6 +227,7 @@ async def open_volume(
             slot,
             options.clock,
             lambda: len(locks.core.members) > 1,
+            _affinity(geometry, resources, locks),
             ReclaimSignal(),
             OrphanQueue(),
         )
@@ -239,6 +242,15 @@ async def open_volume(
             nursery.cancel_scope.cancel()
         if volume.failure is None:
             await _give_up_locks(store, locks)
+
+
+def _affinity(geometry: Geometry, resources: Resources, locks: LockManager) -> Affinity:
+    core = locks.core
+
+    def masters(group: int) -> bool:
+        return core.recovery.mastering.master_of(resources.group(group)) == core.node
+
+    return Affinity(geometry, masters, lambda: core.epoch)
 
 
 async def _give_up_locks(store: Store, locks: LockManager) -> None:

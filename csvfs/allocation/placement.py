@@ -7,7 +7,8 @@
     that grow at the same time do not get in each other's way for some time. Metadata units are
     taken from the start of a group, so no file begins there.
 
-Where that group has no space, the allocator goes on from it (`csvfs.allocation.group_search`).
+Of several nodes each begins in groups of its own (`csvfs.allocation.affinity`). Where a group has
+no space, the allocator goes on from it (`csvfs.allocation.group_search`).
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def data_offset(geometry: Geometry, group: int) -> int:
     return geometry.group_units(group) // METADATA_SHARE
 
 
-def file_goal(geometry: Geometry, ino: int) -> int:
-    """The physical unit where the first unit of a file is best."""
-    group = near(geometry, ino)
+def file_goal(geometry: Geometry, ino: int, group: int | None = None) -> int:
+    """The physical unit where the first unit of a file is best: in ``group``, by default its
+    inode's."""
+    if group is None:
+        group = near(geometry, ino)
     first = data_offset(geometry, group)
     room = geometry.group_units(group) - first
     return geometry.group_first_unit(group) + first + room * _spread(ino, STARTS) // STARTS

@@ -21,6 +21,7 @@ from typing import Final
 import trio
 
 from csvfs.allocation import placement
+from csvfs.allocation.affinity import Affinity
 from csvfs.allocation.allocator import Groups
 from csvfs.btree.edit import TreeEditor
 from csvfs.btree.tree import TreeRoot
@@ -107,6 +108,7 @@ class ChangeScope:
     """Now, in ns since the epoch."""
     has_peers: Callable[[], bool]
     """Are there other nodes that have the volume mounted?"""
+    affinity: Affinity
     reclaim: ReclaimSignal
     orphans: OrphanQueue
 
@@ -145,7 +147,7 @@ class Change:
             group = placement.directory_group(scope.geometry, parent.ino, key)
         else:
             group = placement.near(scope.geometry, parent.ino)
-        ino = scope.groups.allocate_block(self.tx, group)
+        ino = scope.groups.allocate_block(self.tx, scope.affinity.home(group))
         self._lock(scope.resources.inode(ino))
         inode = new_inode(ino, mode, uid, gid, self.now_ns, parent=parent, rdev=rdev)
         block = self.tx.create(ino, BlockType.INODE, ino)
@@ -216,13 +218,14 @@ class Change:
 
         Takes as many as the transaction has room for, at least one. Raises `NoSpace`.
         """
-        tree = self.extents(file)
+        scope, tree = self.scope, self.extents(file)
         placed: list[Placed] = []
         while count and (not placed or self.tx.blocks_left >= ALLOCATION_BLOCKS):
             goal = extent_goal(self.tx, tree.root, first)
+            home = scope.affinity.home(placement.near(scope.geometry, file.ino))
             if goal is None:
-                goal = placement.file_goal(self.scope.geometry, file.ino)
-            run = self.scope.groups.allocate_units(self.tx, count, goal)
+                goal = placement.file_goal(scope.geometry, file.ino, home)
+            run = scope.groups.allocate_units(self.tx, count, goal, groups=(home,))
             insert_units(tree, first, run.first_unit, run.units)
             placed += [(first + i, run.first_unit + i << 1) for i in range(run.units)]
             file.units += run.units
@@ -338,8 +341,9 @@ class Change:
         )
 
     def _allocate_block(self, near: int) -> int:
-        group = placement.near(self.scope.geometry, near)
-        return self.scope.groups.allocate_block(self.tx, group)
+        scope = self.scope
+        group = placement.near(scope.geometry, near)
+        return scope.groups.allocate_block(self.tx, group, groups=(scope.affinity.home(group),))
 
     def _reclaim(self, address: int, kind: ReclaimKind, count: int) -> None:
         self.reclaim_list().insert(address, _reclaim_value(kind, count))
