@@ -73,13 +73,13 @@ class Coordinator:
     def __init__(self, lun: Lun) -> None:
         self.lun = lun
         self._key = PathKey(1, 1, 1)
-        self._held: Registration | None = None
+        self.held: Registration | None = None
         self._keys: list[int] = []
         """The latest first."""
 
     async def holder(self) -> Registration:
         """Its reserving session, a new one if the last is lost."""
-        if self._held is None or self._held.device.lost:
+        if self.held is None or self.held.device.lost:
             device = await self.lun.login(COORDINATOR_PORT)
             self._key = self._key.next()
             former = tuple(self._keys)
@@ -90,16 +90,16 @@ class Coordinator:
                 await held.reserve()
             elif holder_key != held.key:
                 await held.take(holder_key)
-            self._held = held
-        return self._held
+            self.held = held
+        return self.held
 
     async def fence(self, keys: tuple[int, ...]) -> None:
         while True:
             try:
                 return await fence(self.lun, await self.holder(), [Victim(key) for key in keys])
             except BlockError:
-                if self._held is not None:
-                    self._held.device.abort()
+                if self.held is not None:
+                    self.held.device.abort()
                 await trio.sleep(0.1)
 
 
@@ -246,9 +246,8 @@ async def told_path(
         if serve:
             nursery.start_soon(told._watch, first)
             nursery.start_soon(told.serve)
-        try:
-            yield path, told
-        finally:
-            nursery.cancel_scope.cancel()
-    for device in list(getattr(lun, "sessions", {}).values()):
-        lun.close_session(device)  # type: ignore[attr-defined]
+        yield path, told
+        nursery.cancel_scope.cancel()
+    for registration in (told.session, told.coordinator.held):
+        if registration is not None:
+            registration.device.abort()
