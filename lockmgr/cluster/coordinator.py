@@ -28,7 +28,7 @@ from lockmgr.cluster.install import announce, clear, install
 from lockmgr.cluster.messages import JoinRefused
 from lockmgr.cluster.outcomes import Blocks, Surveyed
 from lockmgr.cluster.state import NodeState, Steps
-from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId, SlotState, View
+from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId, SlotState, View, ViewSlotFlag
 
 
 def is_serving(st: NodeState) -> bool:
@@ -70,7 +70,7 @@ def duties(st: NodeState, view: View) -> Changes:
     verdict = st.admissions.judge(view, st.judge, st.now)
     evict |= verdict.replaced - {st.me}
     activate: frozenset[NodeId] = frozenset()
-    if not evict and waiting == freed and _is_thawed(st, view):
+    if not evict and waiting == freed and _is_thawed(st, view) and _is_in_order(st, view):
         activate = frozenset(node for node in view.joining if _may_activate(st, view, node))
     return Changes(
         evict=evict,
@@ -85,6 +85,16 @@ def duties(st: NodeState, view: View) -> Changes:
 def _is_thawed(st: NodeState, view: View) -> bool:
     """Joins wait until the locks are recovered; with no lock there is nothing to recover."""
     return not view.active or st.thawed == view.lock_epoch
+
+
+def _is_in_order(st: NodeState, view: View) -> bool:
+    """Whether no newcomer has taken over a journal that nobody has replayed: who finds no free slot
+    moves into a dead node's (`newcomer`), and the view does not say so. Only the first can, and
+    then nobody is active; later ones get slots that are free."""
+    return bool(view.active) or all(
+        node in st.ready or not view.slots[node.slot].flags & ViewSlotFlag.JOURNAL_USED
+        for node in view.joining
+    )
 
 
 def _may_activate(st: NodeState, view: View, node: NodeId) -> bool:

@@ -9,7 +9,8 @@
                  2  write a view without itself: *parked*
                  3  log out, still registered
 
-A member whose keys may still be registered says so, and is evicted. So is who takes too long.
+A member whose keys may still be registered says so, and is evicted. So is who takes too long, and
+who leaves before its journal was in order: its slot may be one that it took over from a dead node.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lockmgr.cluster.effects import CloseSessions, StopReason, Unregister, Write
 from lockmgr.cluster.messages import KEYS_PER_MESSAGE, EvictAsked, TakeOver
 from lockmgr.cluster.outcomes import Good
 from lockmgr.cluster.state import NodeState, Steps, Stopped
-from lockmgr.cluster.view import NodeId, SlotState, View
+from lockmgr.cluster.view import NodeId, SlotState, View, ViewSlotFlag
 
 
 def is_late(st: NodeState) -> bool:
@@ -38,8 +39,16 @@ def stop_late() -> Stopped:
 def leave_as_member(st: NodeState) -> Steps[None]:
     """Step 1; step 2 goes with every tick."""
     outcome = yield Unregister(st.op(), 0)
-    st.unregistered = isinstance(outcome, Good)
+    st.unregistered = isinstance(outcome, Good) and _is_in_order(st)
     st.lose_path()
+
+
+def _is_in_order(st: NodeState) -> bool:
+    """Whether the own journal has nothing that somebody must replay."""
+    view = st.known
+    assert st.me is not None and view is not None
+    used = bool(view.slots[st.me.slot].flags & ViewSlotFlag.JOURNAL_USED)
+    return st.journal_ready or not used or view.state_of(st.me) is SlotState.ACTIVE
 
 
 def others(st: NodeState, view: View) -> tuple[NodeId, ...]:
@@ -50,7 +59,8 @@ def park(st: NodeState) -> Steps[None]:
     """The last node's leaving. Raises `Stopped`, `PathGone`."""
     assert st.me is not None and st.current is not None
     yield from st.do(Unregister(st.op(), st.path_key))
-    changes = Changes(left=frozenset({st.me}))
+    gone = frozenset({st.me})
+    changes = Changes(left=gone) if _is_in_order(st) else Changes(evict=gone)
     view = next_view(st.current, st.path_key, changes, (), st.wall_ns)
     yield from st.do(WriteView(st.op(), view))
     st.emit(CloseSessions())

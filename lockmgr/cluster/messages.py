@@ -76,7 +76,8 @@ class Leave:
     """To the coordinator: all is drained, given up and journalled home."""
 
     clean: bool
-    """All own keys are unregistered. If not, the sender wants to be fenced."""
+    """All own keys are unregistered, and the journal is empty. If not, the sender wants to be
+    fenced, and its journal to be replayed."""
 
 
 @dataclass(frozen=True, slots=True)

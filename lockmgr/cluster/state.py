@@ -148,7 +148,7 @@ class NodeState:
 
     leaving_since: float | None = None
     unregistered: bool | None = None
-    """The leaver's keys are gone (True), or may not be (False)."""
+    """The leaver's keys are gone, and its journal is in order (True), or may not be (False)."""
     path_back: bool = False
     hurry_until: float = float("-inf")
     """Until then this node ticks faster, because somebody joins."""

@@ -174,7 +174,7 @@ class Cluster:
 
     def leaves(self, daemon: Daemon) -> None:
         """It says that it has given up everything."""
-        if daemon.node is not None and self.content.journals.get(daemon.node.slot):
+        if daemon.is_active and daemon.node and self.content.journals.get(daemon.node.slot):
             self.oracle.fail(f"{daemon.name} leaves, and its journal is not empty")
 
     # -- what daemons say --------------------------------------------------------------------

@@ -50,7 +50,9 @@ def test_tracing_changes_nothing() -> None:
     assert len(traced.lines) > 100
 
 
-@pytest.mark.parametrize("name", ["incarnation reused", "lease not awaited", "ready without asking"])
+@pytest.mark.parametrize(
+    "name", ["incarnation reused", "lease not awaited", "ready without asking"]
+)
 def test_a_mistake_made_on_purpose_is_found(name: str) -> None:
     with MUTANTS[name]():
         assert any(run_seed(seed).failure for seed in range(20))

@@ -85,6 +85,8 @@ class World:
         self.san_cuts: set[str] = set()
         self.replays = True
         """Whether journals of the departed are replayed when they are asked for."""
+        self.brings_in_order = True
+        """Whether who joins brings its own journal in order."""
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._numbers: dict[str, int] = {}
@@ -230,7 +232,7 @@ class World:
             case ViewInstalled():
                 self._installed(host, effect)
             case ReplayWanted(node):
-                if self.replays or node == host.member.node:
+                if self.brings_in_order if node == host.member.node else self.replays:
                     self.at(self.now + RECOVERY_S, lambda: host.give(Replayed(node)))
             case DepartedMayBeGranted(node):
                 self._may_be_granted(node)
