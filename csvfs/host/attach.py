@@ -12,6 +12,7 @@ the next mount.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 import trio
 
 from csvfs.errors import VolumeFailed
+from csvfs.format import View
 from csvfs.host import mountpoint, places
 from csvfs.host.daemon_lock import DaemonLock, daemon_lives
 from csvfs.host.events import Reporter
@@ -193,6 +195,7 @@ async def attach(
     with DaemonLock() as lock:
         with starting.stage():
             peeked = await _look(lun, settings, reporter, lock)
+        _refuse_unreachable(peeked.view, settings)
         if peeked.superblock_trouble:
             reporter.warning(
                 f"the superblock is damaged ({peeked.superblock_trouble}); its backup was used. "
@@ -222,6 +225,33 @@ async def attach(
                 if node.failure is not None:
                     raise node.failure
                 nursery.cancel_scope.cancel()
+
+
+def _refuse_unreachable(view: View, settings: MountSettings) -> None:
+    """Who could not be heard by those who have the volume would be let in and evicted again."""
+    own = (places.machine_id(), settings.node)
+    for node in view.listed:
+        entry = view.slots[node.slot]
+        if (entry.machine_id, entry.node_name) == own:
+            continue
+        if not settings.cluster_address:
+            raise Problem(
+                Kind.OTHER_HOST,
+                f"{entry.node_name} ({', '.join(entry.addresses)}) has the volume. To share it, "
+                "mount with --cluster-address ADDR: this host's address for its peers. (If "
+                f"{entry.node_name} is dead, that lets this host take over from it as well)",
+            )
+        here = _is_loopback(settings.cluster_address)
+        if not here and all(map(_is_loopback, entry.addresses)):
+            raise Problem(
+                Kind.OTHER_HOST,
+                f"{entry.node_name} has the volume, and was mounted without --cluster-address: "
+                "nobody can share it with that host. Unmount it there, and mount it with the option",
+            )
+
+
+def _is_loopback(text: str) -> bool:
+    return ipaddress.ip_address(parse_address(text).host).is_loopback
 
 
 @asynccontextmanager
