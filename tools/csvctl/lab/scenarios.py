@@ -158,7 +158,7 @@ def _fail_over(stage: Stage, *, rejoin: bool = False) -> None:
     seat = _Seat(second, file, writer)
     _take_over(stage, seat, first, begun)
     stage.wait_progress(seat.writer, file.blocks)
-    stage.lost.add(second)
+    stage.lose(second)
     stage.mend(second)
     stage.host(second).wait_daemon_ended()
     stage.wait_ended(writer)

@@ -4,8 +4,8 @@ A scenario starts programs on hosts, breaks things and mends them; the stage kee
 end everything is mended and stopped, every host reads every file, all unmount, `csvctl check` looks
 at the volume, and all mount again.
 
-A host is *lost* once its mount was ended by a fault, or it was evicted: from then on errors of the
-programs that were on it are as they must be, and pauses there count for nothing.
+A host is *lost* once its mount was ended by a fault, or it was evicted: errors of the programs that
+were on it then are as they must be, and their pauses count for nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Running:
     job: Job
     process: subprocess.Popen[bytes]
     hung: bool = False
+    doomed: bool = False
+    """Its mount was lost while it ran."""
     _seen_bytes: int = 0
     _done: int = 0
 
@@ -112,7 +114,7 @@ class Stage:
         """Cause a fault."""
         self.tell(f"{kind} on {name}")
         if faults.FAULTS[kind].ends_daemon:
-            self.lost.add(name)
+            self.lose(name)
         with state.changing(self.directory) as found:
             faults.strike(Host(found, found.host(name)), kind)
 
@@ -122,9 +124,15 @@ class Stage:
         with state.changing(self.directory) as found:
             faults.mend(Host(found, found.host(name)))
 
+    def lose(self, name: str) -> None:
+        """A host's mount is lost, and with it the programs that are there now."""
+        self.lost.add(name)
+        for program in self.programs:
+            program.doomed = program.doomed or program.host == name
+
     def mount_again(self, name: str) -> None:
         """A new incarnation, once the daemon of the last one has ended."""
-        self.lost.add(name)
+        self.lose(name)
         host = self.host(name)
         host.wait_daemon_ended()
         host.mount()
@@ -263,7 +271,7 @@ class Stage:
         for program in self.programs:
             diary = read_log(Path(program.job.log), history)
             self._blame(program, diary, errors)
-            if program.host not in self.lost:
+            if not program.doomed:
                 pause_s = max(pause_s, diary.max_pause_s)
         verdict = judge(history, self.final, self.foreign)
         for name, found in (
@@ -290,7 +298,7 @@ class Stage:
         }
 
     def _blame(self, program: Running, diary: Diary, errors: list[str]) -> None:
-        if program.host in self.lost:
+        if program.doomed:
             return
         name = f"{program.what}r on {program.host}"
         errors += [f"{name}: {error}" for error in diary.errors]
