@@ -246,7 +246,7 @@ def _refuse_unreachable(view: View, settings: MountSettings) -> None:
             raise Problem(
                 Kind.OTHER_HOST,
                 f"{entry.node_name} has the volume, and was mounted without --cluster-address: "
-                "nobody can share it with that host. Unmount it there, and mount it with the option",
+                "nobody can share it with that host. Unmount it there, and mount it again with it",
             )
 
 
