@@ -320,6 +320,7 @@ class Daemon:
     # -- what comes from below ---------------------------------------------------------------
     def _path_lost(self, keys: tuple[int, ...]) -> None:
         self.step(events.PathLost(keys))
+        self.locking.paths_lost()
 
     # -- network.Endpoint ----------------------------------------------------------------------
     def wants(self, other: Endpoint) -> bool:

@@ -11,6 +11,7 @@ from typing import Final, get_args
 
 from lockmgr import events as lock_events
 from lockmgr import messages as lock_messages
+from lockmgr import ranges_events
 from lockmgr.cluster import effects, messages
 from tests.sim.faults import STEPS
 
@@ -23,6 +24,15 @@ SLOT_CHANGES: Final = (
     "NEEDS_REPLAY -> FREE",
 )
 
+_RANGES: Final = tuple(
+    each.__name__
+    for each in (
+        *get_args(ranges_events.RangeEvent),
+        ranges_events.RangeDone,
+        ranges_events.RangeFound,
+    )
+)
+
 EXCUSED: Final[dict[str, str]] = {
     "DropNewcomer -> Unknown": "what it cannot unregister it leaves behind, which is Good",
     "Knock -> Unknown": "it uses no session",
@@ -30,6 +40,7 @@ EXCUSED: Final[dict[str, str]] = {
     "stop: refused": "a seed has a slot for every host",
     "stop: cannot go on": "no counter wraps in a minute",
     "locks: Convert": "the toy filesystem converts nothing",
+    **{f"locks: {name}": "the toy filesystem locks no byte ranges" for name in _RANGES},
 }
 
 

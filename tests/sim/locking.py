@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lockmgr import events as lock_events
+from lockmgr.carried import Carried
 from lockmgr.cluster import effects, events
 from lockmgr.cluster.view import NodeId
 from lockmgr.core import LockCore
 from lockmgr.mastering import node_number, slot_and_incarnation
-from lockmgr.ranges_messages import Carried
 from tests.sim.application import Application
 from tests.sim.words import in_words
 from tests.sim.world import ROUNDING_S, Resume
@@ -110,6 +110,8 @@ class Locking:
         if self.core is None:
             settings = self.daemon.cluster.lock_settings
             self.core = LockCore(number_of(node), 0, settings, members=())
+            if not self.daemon.paths.ready:
+                self.step(lock_events.Stalled(True))
         return self.core
 
     def may_be_granted(self, node: NodeId) -> None:
@@ -133,7 +135,12 @@ class Locking:
 
     def paths_ready(self) -> None:
         """What waits for a data path may go on."""
+        self.step(lock_events.Stalled(False))
         self.application.paths_ready()
+
+    def paths_lost(self) -> None:
+        """What writes back waits, nobody knows for how long."""
+        self.step(lock_events.Stalled(True))
 
     def lease_renewed(self) -> None:
         """What waits for a lease may look again."""
@@ -219,6 +226,10 @@ class Locking:
                 emptied, self._emptied = self._emptied, None
                 if emptied is not None:
                     emptied()
+            case lock_events.Unresponsive(number, words):
+                node = NodeId(*slot_and_incarnation(number))
+                daemon.world.trace(daemon.name, f"  {words}")
+                daemon.step(events.EvictWanted(node, words))
             case lock_events.EpochRefused():
                 pass
 
