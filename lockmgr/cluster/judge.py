@@ -158,8 +158,8 @@ class Judge:
         return max(self._life.get(node, 0.0), self._fresh.get(node, 0.0))
 
     def signed_since(self, node: NodeId, since: float) -> bool:
-        """Whether it really showed life after that time."""
-        return self._life.get(node, float("-inf")) > since
+        """Whether it really showed life after that time; the judge itself always does."""
+        return node == self.me or self._life.get(node, float("-inf")) > since
 
     def is_alive(self, node: NodeId, now: float) -> bool:
         return node == self.me or now - self.last_sign(node) <= self._settings.evict_after_s
