@@ -72,9 +72,11 @@ class Unanswered:
                 self._say_at = now + self._evict_after_s / SAY_IT_TIMES
 
     def stalled(self, stalled: bool, now: float) -> None:
-        """This node makes no progress, and cannot tell for how long; or it does again."""
+        """This node makes no progress, and cannot tell for how long; or it does again, and says so
+        at once."""
         if self._stalled and not stalled:
             self._begin_afresh(now)
+            self._say_at = None if self._say_at is None else now
         self._stalled = stalled
 
     def view_changed(self, master_of: Callable[[Resource], int]) -> None:

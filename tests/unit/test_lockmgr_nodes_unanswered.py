@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
-from lockmgr.events import Stalled
+import pytest
+import trio
+from trio.testing import MockClock
+
+from lockmgr.events import Stalled, ViewChanged
+from lockmgr.manager import LockManager, open_lock_manager
+from lockmgr.mastering import rendezvous
 from lockmgr.messages import Resource, Working
 from lockmgr.modes import Mode
 from lockmgr.settings import Settings
@@ -150,3 +158,90 @@ def test_a_word_about_nothing_changes_nothing(resource: Resource) -> None:
     deliver(cluster)
     cluster.check()
     assert all(core.unanswered.next_timer() is None for core in cluster.cores)
+
+
+class Wires:
+    """Two lock managers in one process; what one sends the other takes in a task of its own."""
+
+    def __init__(self) -> None:
+        self.managers: list[LockManager] = []
+        self.send, self._arrives = trio.open_memory_channel[tuple[int, Any]](1000)
+        self.named: list[tuple[int, int]] = []
+
+    def take(self, to: int, message: Any) -> None:
+        self.send.send_nowait((to, message))
+
+    async def carry(self) -> None:
+        async for to, message in self._arrives:
+            self.managers[to].deliver(message)
+
+
+class Slow:
+    """An owner that takes its time."""
+
+    def __init__(self) -> None:
+        self.may_go_on = trio.Event()
+
+    async def demote(self, resource: Resource, to_mode: Mode) -> None:
+        del resource, to_mode
+        await self.may_go_on.wait()
+
+    async def glimpse(self, resource: Resource) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return resource.name
+
+
+@asynccontextmanager
+async def two_managers(wires: Wires) -> AsyncIterator[tuple[LockManager, LockManager]]:
+    """Of the same view, thawed."""
+    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+        nursery.start_soon(wires.carry)
+        for node in range(2):
+
+            def name(named: int, words: str, judge: int = node) -> None:
+                assert "which others want" in words
+                wires.named.append((judge, named))
+
+            wires.managers.append(
+                await stack.enter_async_context(
+                    open_lock_manager(
+                        node=node, epoch=0, members=(), send=wires.take, on_unresponsive=name
+                    )
+                )
+            )
+        for manager in wires.managers:
+            manager.view_changed(ViewChanged(1, (0, 1), 0))
+        yield wires.managers[0], wires.managers[1]
+        await stack.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_shell_names_who_is_stalled(autojump_clock: MockClock) -> None:
+    del autojump_clock
+    wires = Wires()
+    async with two_managers(wires) as (one, other):
+        resource = next(
+            found
+            for found in (Resource(b"n", b"p%d" % number) for number in range(100))
+            if rendezvous(found.placement, (0, 1)) == 0
+        )
+        slow = Slow()
+        other.register_owner(b"", slow)
+        async with other.acquire(resource, EX):
+            pass
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                async with one.acquire(resource, EX):
+                    pass
+
+            nursery.start_soon(wait)
+            await trio.sleep(30)
+            assert not wires.named, "its owner works"
+            other.stalled(True)
+            await trio.sleep(8)
+            assert wires.named == [(0, 1)]
+            other.stalled(False)
+            await trio.sleep(20)
+            assert wires.named == [(0, 1)]
+            slow.may_go_on.set()
