@@ -24,6 +24,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from random import Random, SystemRandom
 from typing import Final
 
@@ -264,13 +266,13 @@ class LunArbiter:
                 await self._volume.write_slot_block(control, node, wanted, survey.view)
                 data = await sessions.open_path(wanted[1])
                 view = await self._volume.read_view(data)
-                if not view.lists(*node):
-                    # Evicted meanwhile; nothing was sent on it but reads.
+                survey = survey if view.lists(*node) else replace(survey, view=view)
+            if not survey.view.lists(*node):
+                # Evicted. Nobody looks for these keys any more: they are not left behind.
+                await self._withdraw(survey.holder_key, data, control)
+                if data is not None:
                     data.device.abort()
-                    data, survey = (
-                        None,
-                        outcomes.Surveyed(view, survey.holder_key, survey.keys, survey.generation),
-                    )
+                    data = None
             sessions.adopt(control, data)
         except BaseException as error:
             sessions.give_up(data, control)
@@ -280,6 +282,12 @@ class LunArbiter:
         if data is not None:
             self._on_opened(control, data)
         return outcomes.Opened(control.key, survey)
+
+    async def _withdraw(self, holder_key: int, *paths: Registration | None) -> None:
+        for path in paths:
+            if path is not None and path.key != holder_key:
+                with suppress(PathClosed, ReservationConflict):
+                    await path.unregister()
 
     async def _unregister(self, keep: int) -> None:
         sessions = self._sessions

@@ -137,6 +137,7 @@ async def test_who_is_not_listed_writes_nothing() -> None:
         assert Op.WRITE not in bench.ops()[3:]
         assert node.arbiter.data is None
         assert node.told == []
+        assert bench.registered == [OFFICER]  # nor leaves its keys behind
 
 
 async def test_who_is_evicted_while_it_opens_does_not_use_the_data_session() -> None:
@@ -157,6 +158,7 @@ async def test_who_is_evicted_while_it_opens_does_not_use_the_data_session() -> 
         assert answers[0].survey.view == view
         assert node.arbiter.data is None
         assert node.told == []
+        assert bench.registered == [OFFICER]
 
 
 async def test_all_of_it_is_done_also_when_nobody_holds() -> None:
