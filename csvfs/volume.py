@@ -10,9 +10,10 @@ what it raises, is said where it is done:
     data           read, write, fsync
     recovery       recover
 
-Concurrency: any number of tasks may call anything. Four background tasks belong to a volume: the
-store's (`csvfs.journal.journal`), the reclaimer (`csvfs.data.reclaim`), the reader of free space
-(`csvfs.engine.space`), and the one that waits for orphans (`csvfs.namespace.orphans`).
+Concurrency: any number of tasks may call anything. These background tasks belong to a volume: the
+store's (`csvfs.journal.journal`), the reclaimer (`csvfs.data.reclaim`) and what it shows to others
+(`csvfs.data.peers`), the reader of free space (`csvfs.engine.space`), and the one that waits for
+orphans (`csvfs.namespace.orphans`).
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from csvfs.allocation.affinity import Affinity
 from csvfs.allocation.allocator import Groups
 from csvfs.data.device import DataDevice, told
 from csvfs.data.path import DataPath
+from csvfs.data.peers import PeerReclaim
 from csvfs.data.reclaim import Reclaimer
 from csvfs.data.truncation import Truncation
 from csvfs.engine.change import ChangeScope, OrphanQueue, ReclaimSignal
 from csvfs.engine.engine import Engine
 from csvfs.engine.glance import Glance
 from csvfs.engine.lock_owner import LockAdapter, LockOwner
-from csvfs.engine.locks import FLUSHED_PREFIXES, Resources
+from csvfs.engine.locks import FLUSHED_PREFIXES, TENDED_PREFIX, Resources
 from csvfs.engine.recovery import Recovery
 from csvfs.engine.space import SpaceReader
 from csvfs.errors import VolumeFailed
@@ -85,6 +87,7 @@ class Volume:
         data_device = DataDevice(parts.device, store)
         truncation = Truncation(self.engine, data_device)
         self.reclaimer = Reclaimer(self.engine, parts.device, unmap=parts.unmap)
+        self.peers = PeerReclaim(parts.locks, scope.resources, scope.slot, self.reclaimer)
         self.space = SpaceReader(store, scope.geometry, scope.groups.space)
 
         glance = Glance(self.engine)
@@ -125,7 +128,7 @@ class Volume:
         self.recover = Recovery(self.engine, truncation, self.reclaimer).recover
 
     async def _reclaim_now(self) -> bool:
-        return await self.reclaimer.drain()
+        return await self.peers.reclaim()
 
     async def fsyncdir(self, ino: int, datasync: bool) -> None:
         """The names in a directory are stable on return. Raises `VolumeFailed`."""
@@ -232,7 +235,9 @@ async def open_volume(
             OrphanQueue(),
         )
         volume = Volume(VolumeParts(device, store, locks, scope, superblock.unmap_allowed))
+        locks.register_owner(TENDED_PREFIX, volume.peers)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(volume.peers.tend)
             nursery.start_soon(volume.reclaimer.run)
             nursery.start_soon(volume.space.run)
             nursery.start_soon(volume.orphans.run)

@@ -105,7 +105,7 @@ class Reclaimer:
 
         Raises `Damaged`, `VolumeFailed`.
         """
-        if self._turn.statistics().owner is trio.lowlevel.current_task():
+        if self.in_round:
             return False  # it is a round itself that finds no space
         before = self._freed
         self._hurried += 1
@@ -115,6 +115,11 @@ class Reclaimer:
         finally:
             self._hurried -= 1
         return self._freed > before
+
+    @property
+    def in_round(self) -> bool:
+        """Is the calling task carrying out a round?"""
+        return self._turn.statistics().owner is trio.lowlevel.current_task()
 
     @property
     def _freed(self) -> int:

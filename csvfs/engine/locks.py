@@ -8,6 +8,7 @@
     g <group>       header, maps and shared ranges of an allocation group      the group
     n <slot>        the slot's orphan list                                     the slot
     r <slot>        the slot's reclaim list                                    the slot
+    w <slot>        nothing; held EX by the node of the slot (`csvfs.data.peers`) the slot
 
 Order in which they are waited for: rename; directories, in the order of their paths (ancestors
 first, brothers by number); other inodes by number; orphan lists, reclaim lists, groups, each
@@ -37,6 +38,7 @@ _U32: Final = Struct(">I")
 INODE_PREFIX: Final = b"i"
 FLUSHED_PREFIXES: Final = (INODE_PREFIX, b"g", b"n", b"r")
 """Of the locks that cover blocks, and names that begin alike."""
+TENDED_PREFIX: Final = b"w"
 RENAME: Final = Resource(b"rename", b"rename")
 
 _REMEMBERED: Final = 65536
@@ -82,6 +84,10 @@ class Resources:
     def reclaim(self, slot: int) -> Resource:
         """The lock of a slot's reclaim list."""
         return Resource(b"r%c" % slot, b"s%c" % slot)
+
+    def tended(self, slot: int) -> Resource:
+        """What the node of a slot holds as long as it has the volume mounted."""
+        return Resource(TENDED_PREFIX + b"%c" % slot, b"s%c" % slot)
 
     def covering(self, kind: BlockType, owner: int, flags: int = 0) -> Resource:
         """The one lock that covers a metadata block (type, owner and flags of its header)."""

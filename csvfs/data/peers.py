@@ -1,0 +1,78 @@
+"""Space that other nodes are about to give back: before a node says that the volume is full, all of
+them empty their reclaim lists.
+
+Each node tends the lists of its slot, and shows so by holding the lock ``w <slot>`` in EX as long
+as it has the volume mounted. A glimpse at that lock is the request: the holder empties its list and
+then answers whether anything was freed.
+
+Concurrency: `PeerReclaim.tend` is one background task; one question per peer is on its way while
+somebody waits for space. Nobody asks from within a round of the reclaimer: two rounds that wait for
+each other would wait for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import trio
+
+from csvfs.data.reclaim import Reclaimer
+from csvfs.engine.locks import Resources
+from csvfs.errors import FilesystemError
+from lockmgr.manager import LockManager
+from lockmgr.mastering import slot_and_incarnation
+from lockmgr.messages import Resource
+from lockmgr.modes import Mode
+
+_log: Final = logging.getLogger("csvfs.data.reclaim")
+
+FREED: Final = b"\1"
+NOTHING: Final = b"\0"
+
+
+class PeerReclaim:
+    """Asks the others, and answers them (`lockmgr.manager.ResourceOwner`)."""
+
+    def __init__(
+        self, locks: LockManager, resources: Resources, slot: int, reclaimer: Reclaimer
+    ) -> None:
+        self._locks = locks
+        self._resources = resources
+        self._slot = slot
+        self._reclaimer = reclaimer
+
+    async def tend(self) -> None:
+        """Hold this slot's lock until cancelled."""
+        async with self._locks.acquire(self._resources.tended(self._slot), Mode.EX):
+            await trio.sleep_forever()
+
+    async def reclaim(self) -> bool:
+        """Have this node's list emptied, or else those of all others; True if space was freed."""
+        if self._reclaimer.in_round:
+            return False
+        if await self._reclaimer.drain():
+            return True
+        freed = False
+
+        async def ask(slot: int) -> None:
+            nonlocal freed
+            if await self._locks.glimpse(self._resources.tended(slot)) == FREED:
+                freed = True
+
+        async with trio.open_nursery() as nursery:
+            for node in self._locks.core.members:
+                if node != self._locks.core.node:
+                    nursery.start_soon(ask, slot_and_incarnation(node)[0])
+        return freed
+
+    async def demote(self, resource: Resource, to_mode: Mode) -> None:
+        """Nothing was cached under it."""
+
+    async def glimpse(self, resource: Resource) -> bytes:
+        del resource
+        try:
+            return FREED if await self._reclaimer.drain() else NOTHING
+        except FilesystemError as error:
+            _log.error("another node asked for space, and nothing can be reclaimed: %s", error)
+            return NOTHING
