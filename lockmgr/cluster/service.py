@@ -142,11 +142,14 @@ async def open_cluster(
         told.append(cluster._network_told)
         nursery.start_soon(cluster._run)
         nursery.start_soon(cluster._find_certificates)
-        yield cluster
-        if cluster.stopped is not None:
-            await cluster._finish_io()
-            if obituary is not None and cluster.stopped.reason is StopReason.LEFT:
-                remove_obituary(obituary)
+        try:
+            yield cluster
+            if cluster.stopped is not None:
+                await cluster._finish_io()
+                if obituary is not None and cluster.stopped.reason is StopReason.LEFT:
+                    remove_obituary(obituary)
+        finally:
+            cluster._end()
         nursery.cancel_scope.cancel()
 
 
@@ -187,6 +190,8 @@ class Cluster:
         """I/O under way."""
         self._idle = trio.Event()
         self._was_coordinator = False
+        self._ended: Stop | None = None
+        """The context was left without `Cluster.leave`."""
         self._complained: set[NodeId] = set()
 
     # -- what the node asks ----------------------------------------------------------------------
@@ -208,7 +213,7 @@ class Cluster:
     @property
     def stopped(self) -> Stop | None:
         """Why and how this incarnation is over."""
-        return self._member.stopped
+        return self._member.stopped or self._ended
 
     @property
     def lease_until(self) -> float:
@@ -357,6 +362,13 @@ class Cluster:
         if (self.me, self.view, self.stopped) != before:
             self._changed.set()
             self._changed = trio.Event()
+
+    def _end(self) -> None:
+        """Nothing steps the member any more: whoever waits for something is told."""
+        if self.stopped is None:
+            self._ended = Stop(StopReason.CANNOT_GO_ON, "this node ends without having left")
+            self.lease.stopped(self._ended)
+            self._changed.set()
 
     # -- effects -----------------------------------------------------------------------------------
     def _carry_out(self, effect: Effect) -> None:

@@ -219,6 +219,17 @@ async def test_a_lease_that_will_never_run_again() -> None:
     assert caught.value.stop.reason is StopReason.EVICTED
 
 
+async def test_who_waits_is_told_when_a_daemon_ends_without_leaving(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        (host,) = await world.start("a")
+        host.kill()
+        with pytest.raises(ClusterStopped, match="without having left"):
+            await host.cluster.wait_active()
+        with pytest.raises(ClusterStopped, match="without having left"):
+            await host.cluster.lease.wait_valid()
+        assert host.obituary.exists(), "its supervisor still has something to tell"
+
+
 async def test_who_slept_takes_in_what_has_come_before_it_ticks(tmp_path: Path) -> None:
     """All hosts of this test are of one process: they sleep together, and judge nobody."""
     async with open_world(tmp_path) as world:
