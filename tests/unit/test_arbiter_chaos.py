@@ -107,7 +107,7 @@ async def test_after_all_kinds_of_trouble_all_is_in_order(
             check_story(node.told)
         keys = set((await registered(lun))[1])
         assert keys >= set(keys_of(*left))
-        # Who was evicted may have registered once more before it knew; a next holder clears that up.
+        # Who was evicted may have registered once more before it knew; the next holder clears up.
         stale = {owner_of(key) for key in keys - set(keys_of(*left))}
         assert stale <= {node.id for node in set(nodes) - set(left)}
         lun.check()
