@@ -125,7 +125,7 @@ class Volume:
         self.write = data.write
         self.fsync = data.fsync
 
-        self.recover = Recovery(self.engine, truncation, self.reclaimer).recover
+        self.recover = Recovery(self.engine, truncation, self.reclaimer, self.peers).recover
 
     async def _reclaim_now(self) -> bool:
         return await self.peers.reclaim()

@@ -35,10 +35,10 @@ from csvfs.format import NOBODY, SlotState, Superblock, View, ViewSlot, ViewSlot
 from csvfs.journal.store import JournalStart
 from csvfs.membership.slot_start import begin_slot, replay_slot
 from csvfs.volume import Volume, VolumeOptions, open_volume
+from lockmgr.carried import Carried
 from lockmgr.events import ViewChanged
 from lockmgr.manager import LockManager, open_lock_manager
 from lockmgr.mastering import node_number
-from lockmgr.ranges_messages import Carried
 from lockmgr.settings import Settings
 from redirector.block.device import BlockDevice, BlockError, InitiatorPort
 from redirector.block.simulated import SimulatedDevice, SimulatedLun
@@ -215,7 +215,8 @@ class Cluster:
     # -- joining ---------------------------------------------------------------------------
     async def join(self, slot: int | None = None) -> Node:
         """A further node, in the lowest slot that is free unless told otherwise."""
-        await self.settled()
+        while self._unreplayed:
+            await self._recovered.wait()
         async with self._change:
             if slot is None:
                 used = {node.slot for node in self.nodes}
@@ -321,16 +322,27 @@ class Cluster:
         await trio.sleep(self._rng.choice((0.0, 0.01)))
         steps = [self._clear, self._replay]
         self._rng.shuffle(steps)
-        for step in (*steps, self._recover):
-            while self.nodes:
-                survivor = self._rng.choice(self.nodes)
-                try:
-                    await step(survivor, victim)
-                    break
-                except NodeDied:
-                    continue
+        for step in steps:
+            await self._by_somebody(step, victim)
         self._unreplayed.pop(victim.number)
+        self._progress()
+        await self._by_somebody(self._recover, victim)
         self._recoveries -= 1
+        self._progress()
+
+    async def _by_somebody(
+        self, step: Callable[[Node, Node], Awaitable[None]], victim: Node
+    ) -> None:
+        """By one survivor; by another one if that dies, too."""
+        while self.nodes:
+            survivor = self._rng.choice(self.nodes)
+            try:
+                await step(survivor, victim)
+                return
+            except NodeDied:
+                continue
+
+    def _progress(self) -> None:
         self._recovered.set()
         self._recovered = trio.Event()
 

@@ -3,7 +3,8 @@ them empty their reclaim lists.
 
 Each node tends the lists of its slot, and shows so by holding the lock ``w <slot>`` in EX as long
 as it has the volume mounted. A glimpse at that lock is the request: the holder empties its list and
-then answers whether anything was freed.
+then answers whether anything was freed. Who recovers the lists of a node that has gone holds its
+lock meanwhile; so nobody touches the lists of a slot but who holds that.
 
 Concurrency: `PeerReclaim.tend` is one background task; one question per peer is on its way while
 somebody waits for space. Nobody asks from within a round of the reclaimer: two rounds that wait for
@@ -13,6 +14,8 @@ each other would wait for ever.
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
@@ -20,6 +23,7 @@ import trio
 from csvfs.data.reclaim import Reclaimer
 from csvfs.engine.locks import Resources
 from csvfs.errors import FilesystemError
+from lockmgr.errors import LockTimeout
 from lockmgr.manager import LockManager
 from lockmgr.mastering import slot_and_incarnation
 from lockmgr.messages import Resource
@@ -27,6 +31,8 @@ from lockmgr.modes import Mode
 
 _log: Final = logging.getLogger("csvfs.data.reclaim")
 
+PRESENT_S: Final = 1.0
+"""How long to wait for the lists of a slot before asking whether a node is there again."""
 FREED: Final = b"\1"
 NOTHING: Final = b"\0"
 
@@ -45,7 +51,32 @@ class PeerReclaim:
     async def tend(self) -> None:
         """Hold this slot's lock until cancelled."""
         async with self._locks.acquire(self._resources.tended(self._slot), Mode.EX):
+            self._reclaimer.lists_are_ours.set()
             await trio.sleep_forever()
+
+    @asynccontextmanager
+    async def in_place_of(self, slot: int) -> AsyncIterator[bool]:
+        """Tend the lists of a slot within the block; False: a node has come back there, and does.
+
+        For this node's own slot: as soon as nobody else does.
+        """
+        if slot == self._slot:
+            await self._reclaimer.lists_are_ours.wait()
+            yield True
+            return
+        resource = self._resources.tended(slot)
+        while True:
+            try:
+                lock = await self._locks.acquire(resource, Mode.EX, timeout_s=PRESENT_S)
+            except LockTimeout:
+                # The debts of the node that has gone may not be settled: then nobody answers.
+                if await self._locks.glimpse(resource) is not None:
+                    yield False
+                    return
+            else:
+                with lock:
+                    yield True
+                    return
 
     async def reclaim(self) -> bool:
         """Have this node's list emptied, or else those of all others; True if space was freed."""

@@ -22,8 +22,8 @@ and passed over until the next mount; `csvctl check` deals with it.
 
 invariants:
   1. what is cleared was on the list in a stable state of the volume
-  2. only this task removes items from this slot's list; other slots' lists are touched only by
-     recovery, when their nodes are gone
+  2. only this task removes items from this slot's list, once nobody recovers it any more; other
+     slots' lists are touched only by recovery, when their nodes are gone
 
 Concurrency: one round runs at a time (`_turn`), in the task of `run` or of whoever drains.
 """
@@ -83,6 +83,8 @@ class Reclaimer:
         """Who waits for a round to end."""
         self._patience = trio.CancelScope()
         """Cancelled when somebody begins to wait."""
+        self.lists_are_ours = trio.Event()
+        """Nobody else works on this slot's lists (`csvfs.data.peers`)."""
         self._passed_over: set[Item] = set()
         self._starved = False
         """A dead inode could not be taken apart in this round for want of a block."""
@@ -126,6 +128,8 @@ class Reclaimer:
         return self.units_freed + self.blocks_freed
 
     async def _empty(self, slot: int) -> None:
+        if slot == self._engine.scope.slot:
+            await self.lists_are_ours.wait()
         async with self._turn:
             self._starved, before = True, -1
             # What a round frees may have nodes of the list itself follow, for the next one.

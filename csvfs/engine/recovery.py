@@ -20,6 +20,7 @@ import logging
 from typing import Final, NamedTuple
 
 from csvfs.btree.tree import Tree, TreeRoot
+from csvfs.data.peers import PeerReclaim
 from csvfs.data.reclaim import Reclaimer
 from csvfs.data.truncation import Truncation
 from csvfs.engine.change import Change
@@ -55,13 +56,27 @@ class Recovered(NamedTuple):
 class Recovery:
     """Finishes what the node of a slot left, once its journal was replayed."""
 
-    def __init__(self, engine: Engine, truncation: Truncation, reclaimer: Reclaimer) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        truncation: Truncation,
+        reclaimer: Reclaimer,
+        peers: PeerReclaim,
+    ) -> None:
         self._engine = engine
+        self._peers = peers
         self._truncation = truncation
         self._reclaimer = reclaimer
 
     async def recover(self, slot: int) -> Recovered:
-        """Raises `Damaged` if the list itself cannot be read, `VolumeFailed`."""
+        """Nothing is done for another slot that has a node again: that does it for itself.
+
+        Raises `Damaged` if the list itself cannot be read, `VolumeFailed`.
+        """
+        async with self._peers.in_place_of(slot) as ours:
+            return await self._recover(slot) if ours else Recovered(0, 0, 0)
+
+    async def _recover(self, slot: int) -> Recovered:
         retired = trimmed = left = adopted = 0
         for orphan in await self._orphans(slot):
             try:

@@ -212,15 +212,20 @@ class InodeTable:
             del self._states[ino]
 
     def bury(self, ino: int) -> None:
-        """The inode is on the reclaim list: nobody will ask for it again."""
-        state = self._states.pop(ino, None)
+        """The inode is on the reclaim list: who asks for it again has only heard of it.
+
+        Of one that another node had retired, this node's kernel may not know yet that it is gone.
+        """
+        state = self._states.get(ino)
         if state is not None:
-            assert not state.known, f"inode {ino} is buried alive"
+            assert not state.handles, f"inode {ino} is buried alive"
             self._clean(state)
             state.orphan = False
             state.inode = None
             if state.file is not None:
                 state.file.map.clear()
+            if not state.lookups:
+                del self._states[ino]
 
     # -- what the kernel knows -------------------------------------------------------------
     def saw(self, ino: int, generation: int) -> None:
