@@ -110,7 +110,12 @@ def _judge(stage: Stage, before: Content, calls: list[Call], after: Content) -> 
             stage.mistakes.append(f"{call.kind} {' '.join(call.arguments)}: {words}")
     hosts = len({call.host for call in calls})
     if not is_possible(directory(before, hosts), calls, after):
-        told = [(c.host, c.kind, *c.arguments, c.result) for c in calls]
+        start = min(c.begun_ns for c in calls)
+        told = [
+            f"{(c.begun_ns - start) // 1000}..{(c.ended_ns - start) // 1000} us host{c.host + 1} "
+            f"{c.kind} {' '.join(c.arguments)}: {c.result}"
+            for c in sorted(calls, key=lambda c: c.begun_ns)
+        ]
         stage.mistakes.append(f"no order of {told} leads from {before} to {after}")
 
 

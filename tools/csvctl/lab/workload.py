@@ -10,6 +10,7 @@ JSON object: what stands in each place.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -60,17 +61,23 @@ class Job:
         return cls(**json.loads(text))
 
 
+def mounted_device(mountpoint: str) -> int:
+    """The device number of what is mounted there. Raises OSError (ENOTCONN) if nothing is."""
+    here = os.stat(mountpoint).st_dev
+    if here == os.stat(Path(mountpoint).parent).st_dev:
+        raise OSError(errno.ENOTCONN, "nothing is mounted there")
+    return here
+
+
 class _File:
     """A file of aligned blocks, open for direct I/O."""
 
     def __init__(self, job: Job, flags: int) -> None:
         self._job = job
-        here = os.stat(job.mountpoint).st_dev
-        if here == os.stat(Path(job.mountpoint).parent).st_dev:
-            raise OSError(107, "nothing is mounted there")
+        here = mounted_device(job.mountpoint)
         self.handle = os.open(job.path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o644)
         if os.fstat(self.handle).st_dev != here:
-            raise OSError(107, "the mount went away")
+            raise OSError(errno.ENOTCONN, "the mount went away")
         self._buffer = mmap.mmap(-1, job.block_bytes)
 
     def read(self, offset: int) -> bytes:
@@ -83,7 +90,7 @@ class _File:
         self._buffer[:] = block
         written = os.pwritev(self.handle, [self._buffer], offset)
         if written != len(block):
-            raise OSError(5, f"{written} of {len(block)} bytes were written")
+            raise OSError(errno.EIO, f"{written} of {len(block)} bytes were written")
 
 
 class Program:
@@ -168,7 +175,7 @@ class Writer(Program):
             full = False
         except OSError as error:
             full = True
-            if error.errno != 28 or not job.until_full:
+            if error.errno != errno.ENOSPC or not job.until_full:
                 raise
         os.fsync(self._file.handle)
         now = time.monotonic_ns()
