@@ -30,9 +30,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lockmgr.carried import Carried
 from lockmgr.cluster.codec import WireError
 from lockmgr.messages import GlimpseAnswer, Reassert, Waits
-from lockmgr.ranges_messages import Carried, RangeReassert, RangeWaits
+from lockmgr.ranges_messages import RangeReassert, RangeWaits
+from lockmgr.snapshot_messages import LocksPart
 
 WINDOW_BYTES: Final = 4 << 20
 LIMIT_BYTES: Final = 64 << 20
@@ -74,6 +76,9 @@ _SIZES: Final[dict[type, Callable[[Any], int]]] = {
     Reassert: lambda message: USUAL_BYTES * (1 + len(message.held) + len(message.mastered)),
     Waits: lambda message: (
         USUAL_BYTES * (1 + len(message.waiting) + len(message.holding) + len(message.queued))
+    ),
+    LocksPart: lambda message: (
+        4 * USUAL_BYTES * (1 + len(message.locks) + len(message.queues) + len(message.ranges))
     ),
     RangeReassert: lambda message: USUAL_BYTES * (1 + len(message.holds)),
     RangeWaits: lambda message: (

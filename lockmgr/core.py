@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from lockmgr.carried import Carried
 from lockmgr.claim import ClaimState
 from lockmgr.deadlock import Search
 from lockmgr.events import (
@@ -29,15 +30,19 @@ from lockmgr.events import (
     Effect,
     EpochRefused,
     Event,
+    Gathered,
+    GatherLocks,
     JournalsReplayed,
     Send,
     Stalled,
+    StopGathering,
     Thawed,
     TimerDue,
     ViewChanged,
 )
+from lockmgr.gather import Gathering, Teller
 from lockmgr.mastering import Choose, Mastering, rendezvous
-from lockmgr.messages import Blocking, Deadlocks, MasterBound, NodeBound, Recovering, Working
+from lockmgr.messages import Blocking, Deadlocks, MasterBound, NodeBound, Recovering, Waits, Working
 from lockmgr.node import NodeLocks
 from lockmgr.ranges_core import RangeCore
 from lockmgr.ranges_debts import RangeDebts
@@ -51,11 +56,11 @@ from lockmgr.ranges_events import (
     RangeSend,
     SetRange,
 )
-from lockmgr.ranges_messages import Carried
 from lockmgr.recovery import Recovery, Stage
 from lockmgr.resource import Master
 from lockmgr.settings import Settings
 from lockmgr.snapshot import Statistics
+from lockmgr.snapshot_messages import AskLocks, LocksPart
 from lockmgr.unanswered import Unanswered
 
 _NOBODY: frozenset[int] = frozenset()
@@ -93,6 +98,9 @@ class LockCore:
             coordinator=self.recovery.coordinator,
             may_grant=self.range_debts.may_grant,
         )
+        self.gathered: dict[int, Gathering] = {}
+        """What members have told of their locks, for people, by the ticket of `GatherLocks`."""
+        self._teller = Teller(node, self.locks, self.recovery, self.ranges, self._waits)
         self._early: list[Carried] = []
 
     @property
@@ -143,6 +151,12 @@ class LockCore:
                 effects = self.locks.step(event, now)
                 if claim.state is ClaimState.WAITING or claim.state is ClaimState.CONVERTING:
                     self.search.watch(claim, now)
+            case GatherLocks(ticket, cached):
+                gathering = self.gathered[ticket] = Gathering(self.node, ticket, cached)
+                effects = self._ask(gathering)
+            case StopGathering(ticket):
+                self.gathered.pop(ticket, None)
+                effects = []
             case SetRange() | FindConflict() | ForgetFile() | OwnerDied() | CancelRange():
                 effects = _as_ours(self.ranges.step(event, now))
             case _:
@@ -190,6 +204,8 @@ class LockCore:
         effects = _as_ours(ranges) + effects
         self.search.view_changed(now)
         self.unanswered.view_changed(self.recovery.mastering.master_of)
+        for gathering in self.gathered.values():
+            effects += self._ask(gathering)
         early, self._early = self._early, []
         for message in early:
             effects += self._deliver(message, now)
@@ -225,10 +241,30 @@ class LockCore:
             return self._recovering(message, now)
         if isinstance(message, Deadlocks):
             return self.search.receive(message, now)
+        if isinstance(message, AskLocks):
+            return [Send(message.node, self._teller.answer(message, now))]
+        if isinstance(message, LocksPart):
+            return self._told(message)
         if isinstance(message, Working):
             self.unanswered.heard(message.node, message.resource, now)
             return []
         return _as_ours(self.ranges.deliver(message, now))
+
+    # -- for people ------------------------------------------------------------------------
+    def _waits(self, now: float) -> Waits:
+        return self.search.waits(0, now)
+
+    def _ask(self, gathering: Gathering) -> list[Effect]:
+        return [Send(to, asked) for to, asked in gathering.begin(self.epoch, self.members)]
+
+    def _told(self, part: LocksPart) -> list[Effect]:
+        gathering = self.gathered.get(part.round)
+        if gathering is None:
+            return []
+        more = gathering.receive(part)
+        if more is not None:
+            return [Send(part.node, more)]
+        return [] if gathering.missing else [Gathered(gathering.number)]
 
     def next_timer(self) -> float | None:
         """When the next `TimerDue` is due; None: not before another event."""
@@ -267,6 +303,8 @@ class LockCore:
         self.ranges.check()
         self.unanswered.check()
         self.range_debts.check(self.recovery.frozen)
+        for gathering in self.gathered.values():
+            gathering.check()
 
 
 def _as_ours(effects: Iterable[RangeEffect]) -> list[Effect]:

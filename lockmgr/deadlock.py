@@ -135,7 +135,7 @@ class Search:
                 self._again = True
                 return [] if self._searching else self._begin()
             case AskWaits(round=number):
-                return [self._to_coordinator(self._answer(number, now))]
+                return [self._to_coordinator(self.waits(number, now))]
             case Waits():
                 return self._collect(message)
             case Victim(wait=wait, words=words):
@@ -182,7 +182,8 @@ class Search:
         return out + (self._begin() if self._again else [])
 
     # -- what this node knows --------------------------------------------------------------
-    def _answer(self, number: int, now: float) -> Waits:
+    def waits(self, number: int, now: float) -> Waits:
+        """Who waits for whom, as far as this node knows."""
         before, self._owners = self._owners, {}
         waiting: list[WaitingClaim] = []
         holding: list[HoldingClaim] = []

@@ -10,6 +10,7 @@ with an identity here: the shell makes them, the core grants them.
     AwaitDrain                  Drained
     Glimpse                     Glimpsed with that ticket
     Answered                    (the answer to Answer)
+    GatherLocks                 Gathered with its ticket, if all members tell before StopGathering
     ViewChanged                 Thawed with its epoch, unless another ViewChanged comes before
     TimerDue, Deliver, Close,
     Cleared, JournalsReplayed   whatever they cause
@@ -22,11 +23,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from lockmgr.carried import Carried
 from lockmgr.claim import Claim
 from lockmgr.messages import Resource
 from lockmgr.modes import Mode
 from lockmgr.ranges_events import RangeDone, RangeEvent, RangeFound
-from lockmgr.ranges_messages import Carried
 from lockmgr.snapshot import LockSnapshot
 
 
@@ -161,6 +162,21 @@ class Stalled:
     stalled: bool
 
 
+@dataclass(frozen=True, slots=True)
+class GatherLocks:
+    """Somebody wants to see all locks of the cluster; ``cached``: also what nobody uses."""
+
+    ticket: int
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StopGathering:
+    """Nobody waits for that any more."""
+
+    ticket: int
+
+
 Event = (
     Acquire
     | Convert
@@ -177,6 +193,8 @@ Event = (
     | Cleared
     | JournalsReplayed
     | Stalled
+    | GatherLocks
+    | StopGathering
     | RangeEvent
 )
 
@@ -273,6 +291,13 @@ class Unresponsive:
     words: str
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """All members have told: `LockCore.gathered`."""
+
+    ticket: int
+
+
 Effect = (
     Grant
     | Deny
@@ -284,6 +309,7 @@ Effect = (
     | EpochRefused
     | Emptied
     | Thawed
+    | Gathered
     | Unresponsive
     | RangeDone
     | RangeFound

@@ -26,16 +26,17 @@ from typing import Protocol
 import trio
 
 from lockmgr import events
+from lockmgr.carried import Carried
 from lockmgr.claim import Claim, ClaimState
 from lockmgr.core import LockCore
 from lockmgr.errors import LockDeadlock, LockTimeout, ManagerClosed
 from lockmgr.events import Patience
+from lockmgr.gather import Told
 from lockmgr.lock import Acquisition, Lock
 from lockmgr.messages import Resource
 from lockmgr.modes import COVERS, Mode
 from lockmgr.owner import ResourceOwner
 from lockmgr.ranges_events import RangeDone, RangeFound
-from lockmgr.ranges_messages import Carried
 from lockmgr.settings import Settings
 from lockmgr.snapshot import LockSnapshot, Statistics
 
@@ -107,6 +108,7 @@ class LockManager:
         self._timer = trio.CancelScope()
         self._glimpses: dict[int, tuple[trio.Event, list[bytes | None]]] = {}
         self._drains: dict[bytes, _Drain] = {}
+        self._gathered: dict[int, trio.Event] = {}
         self._ticket = 0
         self._emptied = trio.Event()
         self._closed = False
@@ -286,6 +288,22 @@ class LockManager:
         now = trio.current_time()
         return [lock.snapshot(now) for lock in self.core.locks.locks.values()]
 
+    async def gather(self, timeout_s: float, cached: bool = False) -> dict[int, Told]:
+        """What every member tells of its locks within ``timeout_s``, for
+        `lockmgr.cluster_snapshot.cluster_locks`. ``cached``: also what nobody uses or awaits.
+        """
+        self._ticket += 1
+        ticket = self._ticket
+        done = self._gathered[ticket] = trio.Event()
+        try:
+            self._step(events.GatherLocks(ticket, cached))
+            with trio.move_on_after(timeout_s):
+                await done.wait()
+            return self.core.gathered[ticket].told
+        finally:
+            del self._gathered[ticket]
+            self._step(events.StopGathering(ticket))
+
     async def aclose(self) -> None:
         """Give up every lock through its owner; return when nothing is held.
 
@@ -330,6 +348,8 @@ class LockManager:
                     self._emptied.set()
                 case events.Send(to, message):
                     self._send(to, message)
+                case events.Gathered(ticket):
+                    self._gathered[ticket].set()
                 case events.Thawed(epoch):
                     self._on_thawed(epoch)
                 case events.Unresponsive(node, words):

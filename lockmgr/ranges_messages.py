@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
-from lockmgr.messages import AnyMessage, Message, RecoveryMessage, Resource
+from lockmgr.messages import Message, RecoveryMessage, Resource
 
 END: Final = 1 << 63
 """``end_bytes`` of a range to the end of the file, however far the file grows (POSIX: l_len 0)."""
@@ -240,5 +240,3 @@ RangeMasterBound = RangeLock | RangeLower | RangeForget | RangeTest | RangeCance
 RangeNodeBound = RangeAnswer | RangeTested | RangeLost
 RangeDeadlocks = RangeSuspicion | AskRangeWaits | RangeWaits | RangeVerdict
 RangeMessage = RangeMasterBound | RangeNodeBound | RangeDeadlocks
-Carried = AnyMessage | RangeMessage
-"""Whatever nodes say to each other about locks."""

@@ -14,6 +14,7 @@ from typing import Final
 from lockmgr import channel
 from lockmgr import messages as locks
 from lockmgr import ranges_messages as ranges
+from lockmgr import snapshot_messages as snapshots
 from lockmgr.cluster import messages as members
 from lockmgr.cluster.codec import Registry
 from lockmgr.cluster.view import MAX_SLOTS
@@ -44,6 +45,7 @@ _SMALL: Final[dict[int, type]] = {
     42: channel.Skipped,
     48: locks.Suspicion,
     49: locks.AskWaits,
+    52: snapshots.AskLocks,
     64: ranges.RangeLock,
     65: ranges.RangeLower,
     66: ranges.RangeForget,
@@ -84,6 +86,7 @@ def new_registry() -> Registry:
         registry.register(kind, code, limit_bytes=1 << 15, max_items=DEPARTED)
     registry.register(locks.Waits, 50, limit_bytes=1 << 20, max_items=WAITS)
     registry.register(locks.Victim, 51, limit_bytes=1 << 16)
+    registry.register(snapshots.LocksPart, 53, limit_bytes=1 << 21, max_items=WAITS)
     registry.register(
         ranges.RangeReassert, 69, limit_bytes=1 << 16, max_items=ranges.HOLDS_PER_MESSAGE
     )

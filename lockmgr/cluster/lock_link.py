@@ -26,6 +26,7 @@ from typing import Any, Final, Protocol, get_args
 
 import trio
 
+from lockmgr.carried import Carried
 from lockmgr.channel import Channel, Control
 from lockmgr.cluster.codec import WireError
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
@@ -33,7 +34,8 @@ from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId
 from lockmgr.errors import ProtocolViolation
 from lockmgr.mastering import node_number
 from lockmgr.messages import MasterBound, Reassert, Reasserted, Suspicion, Waits, Working
-from lockmgr.ranges_messages import Carried, RangeMasterBound, RangeSuspicion, RangeWaits
+from lockmgr.ranges_messages import RangeMasterBound, RangeSuspicion, RangeWaits
+from lockmgr.snapshot_messages import Snapshots
 
 __all__ = ["LockLink"]
 
@@ -48,6 +50,7 @@ _NAMES_SENDER: Final = frozenset(
         *(Working, Reassert, Reasserted, Suspicion, Waits),
         *get_args(RangeMasterBound),
         *(RangeSuspicion, RangeWaits),
+        *get_args(Snapshots),
     )
 )
 """Their ``node`` is who sends them; that of all others is whom they are for."""
@@ -165,7 +168,7 @@ class LockLink:
                     return False
                 return True
             case Connected(peer):
-                if peer.slot != NEWCOMER_SLOT:
+                if peer.slot != NEWCOMER_SLOT and self._network is not None:
                     line = self._line(peer)
                     self._say(line, line.channel.connect())
             case Lost(peer):

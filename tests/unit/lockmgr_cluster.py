@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lockmgr.carried import Carried
 from lockmgr.claim import Claim, ClaimState, Phase
 from lockmgr.core import LockCore
 from lockmgr.events import (
@@ -39,7 +40,6 @@ from lockmgr.events import (
 from lockmgr.mastering import Choose
 from lockmgr.messages import Resource
 from lockmgr.modes import COMPATIBLE, COVERS, WRITES_VALUE, Mode
-from lockmgr.ranges_messages import Carried
 from lockmgr.resource import MasteredResource
 from lockmgr.settings import Settings
 

@@ -14,11 +14,12 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from lockmgr.carried import Carried
 from lockmgr.events import ViewChanged
 from lockmgr.manager import LockManager
 from lockmgr.messages import Resource
 from lockmgr.ranges_manager import RangeLocks
-from lockmgr.ranges_messages import Carried, Kind, Owner
+from lockmgr.ranges_messages import Kind, Owner
 
 FILES = [Resource(b"file %d" % number, bytes([number])) for number in range(6)]
 

@@ -10,6 +10,7 @@ import lockmgr
 from lockmgr.claim import Phase
 from lockmgr.messages import AnyMessage
 from lockmgr.modes import Mode, compatible
+from lockmgr.snapshot_messages import Snapshots
 
 HERE = Path(lockmgr.__file__).parent
 TEXT = (HERE / "PROTOCOL.md").read_text()
@@ -24,7 +25,7 @@ def test_matrix() -> None:
 
 
 def test_every_message_with_its_fields() -> None:
-    for message in get_args(AnyMessage):
+    for message in (*get_args(AnyMessage), *get_args(Snapshots)):
         fields = [name for name in message.__slots__ if name not in ("resource", "epoch", "node")]
         assert f"`{message.__name__}({', '.join(fields)})`" in TEXT or (
             not fields and f"`{message.__name__}`" in TEXT

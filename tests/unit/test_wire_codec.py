@@ -22,6 +22,7 @@ from lockmgr.cluster.wire import MIN_VERSION, Goodbye, Hello, frame
 from lockmgr.messages import AnyMessage, Cancel, Reassert, Request, Resource, Settled
 from lockmgr.modes import Mode
 from lockmgr.ranges_messages import RangeMessage
+from lockmgr.snapshot_messages import Snapshots
 from tests.unit.wire_examples import anything, example
 
 GOLDEN = Path(__file__).with_name("wire_golden.txt")
@@ -33,7 +34,7 @@ def members_of(union: Any) -> set[type]:
 
 def test_every_message_has_a_code() -> None:
     every = members_of(AnyMessage) | members_of(RangeMessage) | members_of(Message)
-    every |= members_of(Control)
+    every |= members_of(Control) | members_of(Snapshots)
     assert set(REGISTRY.by_type) == every | {Hello, Goodbye}
 
 
