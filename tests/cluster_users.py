@@ -12,7 +12,7 @@ whatever happens, and are asserted:
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from random import Random
 from struct import Struct
 from typing import Any, Final
@@ -60,16 +60,41 @@ def records(content: bytes) -> list[tuple[int, int]]:
     return found
 
 
+Key = tuple[int, int]
+"""Number and generation of an inode."""
+
+
+class Promises:
+    """What fsync acknowledged, of files that nobody has truncated."""
+
+    def __init__(self) -> None:
+        self.synced: defaultdict[Key, set[tuple[int, int]]] = defaultdict(set)
+        self.spoilt: set[Key] = set()
+        self.verified = 0
+
+    def verify(self, key: Key, content: bytes) -> None:
+        """The file has all that was promised."""
+        found = set(records(content))
+        if key not in self.spoilt:
+            lost = self.synced[key] - found
+            assert not lost, f"inode {key}: fsync had acknowledged {sorted(lost)}"
+            self.verified += len(self.synced[key])
+
+
 class Program:
     """One program on one node; its kernel's lookups are counted as a kernel's would be."""
 
-    def __init__(self, node: Node, number: int, rng: Random, counts: Counter[str]) -> None:
+    def __init__(
+        self, node: Node, number: int, rng: Random, counts: Counter[str], promises: Promises
+    ) -> None:
         self.node = node
         self.volume = node.volume
         self.number = number
         self.rng = rng
         self.counts = counts
+        self.promises = promises
         self.appended = 0
+        self.written: defaultdict[Key, set[tuple[int, int]]] = defaultdict(set)
         self.open: list[Handle] = []
         self.known: Counter[int] = Counter()
 
@@ -185,13 +210,15 @@ class Program:
     async def do_append(self) -> None:
         handle = self._handle()
         count = self.rng.choice((1, 2, 60))
-        data = b""
-        for _ in range(count):
-            self.appended += 1
-            data += RECORD.pack(self.number, self.appended) * (RECORD_BYTES // RECORD.size)
+        key = handle.ino, handle.state.generation
+        ours = [(self.number, self.appended + i) for i in range(1, count + 1)]
+        self.appended += count
+        data = b"".join(RECORD.pack(*each) * (RECORD_BYTES // RECORD.size) for each in ours)
         assert await self.volume.write(handle, 0, data) == len(data)
+        self.written[key].update(ours)
         if self.rng.random() < 0.3:
             await self.volume.fsync(handle.ino, self.rng.random() < 0.5)
+            self.promises.synced[key] |= self.written[key]
 
     do_append_again = do_append
 
@@ -201,14 +228,15 @@ class Program:
 
     async def do_truncate(self) -> None:
         handle = self._handle()
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.3:
+            self.promises.spoilt.add((handle.ino, handle.state.generation))
             await self.volume.setattr(handle.ino, SetAttributes(size=0))
 
     async def do_statfs(self) -> None:
         await self.volume.statfs()
 
 
-async def read_all(node: Node, ino: int = ROOT) -> None:
+async def read_all(node: Node, promises: Promises, ino: int = ROOT) -> None:
     """Walk the tree and read every file: what stands there fits together."""
     volume: Any = node.volume
     cookie = 2
@@ -217,10 +245,12 @@ async def read_all(node: Node, ino: int = ROOT) -> None:
         for entry in entries:
             found = entry.attributes
             if found.is_directory:
-                await read_all(node, found.ino)
+                await read_all(node, promises, found.ino)
             else:
                 handle = await volume.open(found.ino, os.O_RDONLY, 0)
-                assert found.size == len(await volume.read(handle, 0, 1 << 30))
+                content = bytes(await volume.read(handle, 0, 1 << 30))
+                assert found.size == len(content)
+                promises.verify((found.ino, found.generation), content)
                 await volume.release(handle)
 
 
@@ -230,13 +260,14 @@ async def everybody(
     """``programs`` on every node, and so many nodes that die and come back meanwhile."""
     rng = Random(seed)
     counts: Counter[str] = Counter()
+    promises = Promises()
     numbers = iter(range(1, 1000))
 
     async with trio.open_nursery() as nursery:
 
         def start(node: Node) -> None:
             for _ in range(programs):
-                program = Program(node, next(numbers), Random(rng.random()), counts)
+                program = Program(node, next(numbers), Random(rng.random()), counts, promises)
                 nursery.start_soon(program.run, steps)
 
         for node in cluster.nodes:
@@ -249,6 +280,7 @@ async def everybody(
                 cluster.strike(rng.choice(cluster.nodes))
             start(await cluster.join())
     for node in cluster.nodes:
-        await read_all(node)
+        await read_all(node, promises)
     cluster.check()
+    counts["promises kept"] = promises.verified
     return counts
