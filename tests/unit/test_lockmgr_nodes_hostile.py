@@ -275,6 +275,8 @@ async def test_a_closed_lock_manager_is_detached() -> None:
     async with open_lock_manager(node=HERE, members=(HERE, THERE), send=link.send) as manager:
         link.attach(manager)
         link.detach()
+        link.take(Lost(B, 1, "gone"))
+        link.take(Connected(B, 2, Agreed(B, 1, 0, 1, "")))
         link.take(Arrived(B, 1, request()))
         link.send(THERE, request(HERE))
     assert not wire.said
