@@ -36,6 +36,7 @@ class Lab:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.log_bytes = 0
         self.environment = {**os.environ, "CSVFS_LAB_DIR": str(directory)}
 
     def __call__(self, *words: str, code: int = 0) -> str:
@@ -59,6 +60,10 @@ class Lab:
     def host(self) -> Host:
         found = state.read(self.directory)
         return Host(found, found.hosts[0])
+
+    def logged(self) -> str:
+        """What the daemon has logged during this test."""
+        return self.host.log.read_bytes()[self.log_bytes :].decode()
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self("status", "--json"))
@@ -90,14 +95,28 @@ def lab() -> Iterator[Lab]:
     shutil.rmtree(parent)
 
 
-@pytest.fixture
-def up(lab: Lab) -> Iterator[Lab]:
-    lab("up", "--hosts", "1", "--size", "1G")
-    lab_id, spaces = state.read(lab.directory).id, lab.namespaces(state.read(lab.directory).id)
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Lab]:
+    """One lab for the tests that leave it as they found it."""
+    parent = Path(tempfile.mkdtemp(prefix="csvlab-"))
+    made = Lab(parent / "lab")
+    made("up", "--hosts", "1", "--size", "1G")
+    lab_id = state.read(made.directory).id
+    spaces = made.namespaces(lab_id)
     assert len(spaces) == 3
-    yield lab
-    lab("down")
-    lab.is_gone(lab_id, spaces)
+    yield made
+    made("down")
+    made.is_gone(lab_id, spaces)
+    parent.rmdir()
+
+
+@pytest.fixture
+def up(shared: Lab) -> Iterator[Lab]:
+    shared.log_bytes = shared.host.log.stat().st_size
+    yield shared
+    shared("heal", "host1")
+    found = shared.status()["hosts"][0]
+    assert (found["mount"], found["faults"]) == ("mounted", {})
 
 
 def write(place: Path) -> float:
@@ -152,7 +171,7 @@ def test_without_its_san_a_host_waits_and_goes_on(up: Lab, kind: str) -> None:
     assert f"{kind} already" in up("fault", kind, "host1", code=64)
     writing = Writing(place)
     # Longer than the path takes to be given up.
-    wait_until(lambda: "data session is lost" in up.host.log.read_text(), "the loss")
+    wait_until(lambda: "data session is lost" in up.logged(), "the loss")
     assert writing.waits
     assert up.status()["hosts"][0]["faults"] == {kind: 0.0}
     up("heal", "host1")
@@ -169,7 +188,7 @@ def test_a_slow_san_is_slow_and_breaks_nothing(up: Lab) -> None:
     assert write(place) > quick + 0.4
     up("heal", "host1")
     assert write(place) < 0.4
-    assert "lost" not in up.host.log.read_text()
+    assert "lost" not in up.logged()
 
 
 def test_a_slow_san_can_be_cut_and_reset_meanwhile(up: Lab) -> None:
@@ -177,7 +196,7 @@ def test_a_slow_san_can_be_cut_and_reset_meanwhile(up: Lab) -> None:
     for kind in ("slow-san", "san-cut", "san-reset"):
         up("fault", kind, "host1")
     writing = Writing(place)
-    wait_until(lambda: "data session is lost" in up.host.log.read_text(), "the loss")
+    wait_until(lambda: "data session is lost" in up.logged(), "the loss")
     assert writing.waits
     up("heal", "host1")
     writing.join()

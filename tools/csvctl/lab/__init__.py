@@ -22,5 +22,6 @@ lab         up, down, status
 block, history, verdict      the verifying workload's block, its log, and the judgement (pure)
 workload, directory_work     what runs on the hosts
 directory_model              is there an order in which all this could have happened? (pure)
-stage, scenarios             what `lab run` plays
+stage                        files, programs and faults of a scenario, and its result
+scenarios, directory_scenario   what `lab run` plays
 """
