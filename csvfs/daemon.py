@@ -115,6 +115,7 @@ class Daemon:
                 "status": lambda _: self._status(attached, serving, record),
                 "umount": lambda _: self._umount(serving),
                 "nodes": lambda _: _at_once(attached.nodes()),
+                "locks": lambda wanted: attached.locks(cached=bool(wanted["all"])),
                 "evict": lambda wanted: attached.evict(str(wanted["node"]), str(wanted["why"])),
             },
         )

@@ -41,6 +41,15 @@ FLUSHED_PREFIXES: Final = (INODE_PREFIX, b"g", b"n", b"r")
 TENDED_PREFIX: Final = b"w"
 RENAME: Final = Resource(b"rename", b"rename")
 
+_IN_WORDS: Final = {
+    INODE_PREFIX: "inode",
+    b"o": "opens of inode",
+    b"g": "allocation group",
+    b"n": "orphan list of slot",
+    b"r": "reclaim list of slot",
+    TENDED_PREFIX: "lists tended by the node of slot",
+}
+
 _REMEMBERED: Final = 65536
 """Inode resources kept: building one costs more than a lock that is granted at once."""
 
@@ -115,6 +124,16 @@ _OF_TREES: Final[dict[int, Callable[[Resources, int], Resource]]] = {
     TreeOwner.ORPHAN: Resources.orphans,
     TreeOwner.RECLAIM: Resources.reclaim,
 }
+
+
+def in_words(name: bytes) -> str:
+    """A resource's name, for people."""
+    kind, rest = name[:1], name[1:]
+    if name == RENAME.name:
+        return "renames across directories"
+    if kind not in _IN_WORDS:
+        return repr(name)
+    return f"{_IN_WORDS[kind]} {int.from_bytes(rest)}"
 
 
 def lock_order(resource: Resource) -> tuple[int, int]:

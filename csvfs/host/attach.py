@@ -22,13 +22,14 @@ from typing import Any
 
 import trio
 
+from csvfs.engine.locks import in_words
 from csvfs.errors import VolumeFailed
 from csvfs.format import View
 from csvfs.host import mountpoint, places
 from csvfs.host.daemon_lock import DaemonLock, daemon_lives
 from csvfs.host.events import Reporter
 from csvfs.host.last_will import leave_will
-from csvfs.host.node import ClusterNode
+from csvfs.host.node import ClusterNode, number_of
 from csvfs.host.problems import Kind, Problem
 from csvfs.host.record import MountState, records
 from csvfs.host.settings import MountSettings
@@ -43,6 +44,7 @@ from lockmgr.cluster.effects import StopReason
 from lockmgr.cluster.peers import Address, parse_address
 from lockmgr.cluster.service import Cluster, open_cluster
 from lockmgr.cluster.status import NodeStatus
+from lockmgr.cluster_snapshot import cluster_locks
 from redirector.block.device import Lun
 from redirector.block.url import open_lun
 from redirector.data_path import DataPath
@@ -51,6 +53,7 @@ _log = logging.getLogger("csvfs.host.attach")
 
 _LEAVING_POLL_S = 0.1
 _EVICTION_LIMIT_S = 30.0
+_GATHER_LIMIT_S = 3.0
 _NOBODY_LISTENS = Address("127.0.0.1", 0)
 
 
@@ -135,6 +138,16 @@ class Attached:
             "coordinator": _coordinator_of(self.cluster),
             "nodes": [_node_words(each) for each in found.nodes],
         }
+
+    async def locks(self, *, cached: bool) -> dict[str, Any]:
+        """What `csvctl lock list` tells: of the whole cluster, as far as its nodes answer."""
+        locks, view = self.node.locks, self.node.view
+        assert locks is not None
+        assert view is not None
+        names = {number_of(node): view.slots[node.slot].node_name for node in view.listed}
+        told = await locks.gather(_GATHER_LIMIT_S, cached)
+        found = cluster_locks(told, in_words, lambda number: names.get(number, f"{number:#x}"))
+        return found.as_json()
 
     async def evict(self, name: str, why: str) -> dict[str, Any]:
         """Have the node of that name evicted; returns when the view says so. Raises `Problem`."""

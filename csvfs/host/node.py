@@ -45,7 +45,7 @@ from lockmgr.cluster.service import Cluster
 from lockmgr.cluster.view import NodeId, View
 from lockmgr.events import ViewChanged
 from lockmgr.manager import LockManager
-from lockmgr.mastering import node_number
+from lockmgr.mastering import node_number, slot_and_incarnation
 from redirector.block.reservations import Registration
 from redirector.data_path import DataPath
 
@@ -154,6 +154,8 @@ class ClusterNode:
         if self._data is not None and self._data.key in keys:
             data, self._data = self._data, None
             self._path.lost(data, "the session is lost")
+            if self.locks is not None:
+                self.locks.stalled(True)
         self._cluster.path_lost(keys)
 
     # -- what membership says --------------------------------------------------------------------
@@ -173,6 +175,8 @@ class ClusterNode:
                 control = self._arbiter.control
                 if self._data is not None and control is not None and control.key == key:
                     self._path.ready(self._data)
+                    if self.locks is not None:
+                        self.locks.stalled(False)
             case LeaseUntil(until_s):
                 self._path.lease_until(until_s)
             case Stop(reason, words):
@@ -196,6 +200,7 @@ class ClusterNode:
                 members=(),
                 send=self.link.send,
                 on_thawed=self._on_thawed,
+                on_unresponsive=self._on_silent_holder,
             )
             self.link.attach(self.locks)
         self.link.view_changed((node for node in view.listed if node != me), view.lock_epoch)
@@ -223,6 +228,9 @@ class ClusterNode:
     def _on_thawed(self, epoch: int) -> None:
         self._cluster.locks_thawed(epoch)
         self._started.set()
+
+    def _on_silent_holder(self, number: int, words: str) -> None:
+        self._on_unresponsive(NodeId(*slot_and_incarnation(number)), words)
 
     def _on_unresponsive(self, node: NodeId, words: str) -> None:
         _log.error("node %s is to be evicted: %s", node, words)

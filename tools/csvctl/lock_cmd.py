@@ -35,6 +35,14 @@ def list_locks(
         return
     for each in answer["locks"]:
         _show(each)
+    for words in answer["deadlocks"]:
+        console.warn(f"a deadlock: {words}")
+    if answer["recovering"]:
+        console.warn("the view has just changed: locks are being recovered, nothing is granted")
+    if answer["silent"]:
+        console.warn(f"no answer, or not a whole one, from {', '.join(answer['silent'])}")
+    if answer["truncated"]:
+        console.warn("there are more locks than are shown")
     if not answer["locks"]:
         console.say("nothing is in use" if not cached else "nothing is locked")
 
