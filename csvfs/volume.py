@@ -29,7 +29,7 @@ from csvfs.allocation.affinity import Affinity
 from csvfs.allocation.allocator import Groups
 from csvfs.data.device import DataDevice, told
 from csvfs.data.path import DataPath
-from csvfs.data.peers import PeerReclaim
+from csvfs.data.peers import PRESENT_S, PeerReclaim
 from csvfs.data.reclaim import Reclaimer
 from csvfs.data.truncation import Truncation
 from csvfs.engine.change import ChangeScope, OrphanQueue, ReclaimSignal
@@ -162,7 +162,10 @@ class Volume:
         Called by `open_volume` at the end of its block. Raises `VolumeFailed`.
         """
         await self._forget_all()
-        await self.reclaimer.drain()
+        with trio.move_on_after(PRESENT_S):
+            await self.reclaimer.lists_are_ours.wait()
+        if self.reclaimer.lists_are_ours.is_set():  # else whoever recovers the slot frees it
+            await self.reclaimer.drain()
 
     def check(self) -> None:
         """Assert the invariants of everything that is kept in memory."""

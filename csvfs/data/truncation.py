@@ -121,7 +121,9 @@ def _resize(change: Change, ino: int, size: int, privileged: bool) -> bool:
     if not shorter or change.cut(inode, units_within(size)):
         return True
     inode.flags |= InodeFlag.TRIMMING
-    if change.orphan_kind(ino) is None:
+    # An older TRUNCATE entry may be of another inode that had this number: another node finished
+    # that truncation, or removed that file.
+    if change.orphan_kind(ino) is not OrphanKind.OPEN:
         change.add_orphan(inode, OrphanKind.TRUNCATE)
     return False
 

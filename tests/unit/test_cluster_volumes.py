@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+from contextlib import suppress
 from random import Random
 
 import pytest
 import trio
 
 from csvfs.errors import NotFound
-from tests.cluster_volumes import NodeDied, cluster_volumes, in_virtual_time
+from csvfs.namespace.inode import SetAttributes
+from lockmgr.modes import Mode
+from tests.cluster_volumes import Node, NodeDied, cluster_volumes, in_virtual_time
 from tests.simulated_volume import RDWR, ROOT, UNIT, create, mkdir, names
 
 
@@ -154,3 +157,109 @@ async def test_a_file_that_is_open_on_another_node_outlives_its_name(end: str) -
         freed = [node.volume.reclaimer.units_freed for node in cluster.nodes]
         assert sum(freed) == 2, freed
         assert three.volume.failure is None
+
+
+@in_virtual_time
+async def test_appends_of_all_nodes_follow_each_other() -> None:
+    async with cluster_volumes(3) as cluster:
+        handle = await create(cluster.nodes[0].volume, b"f", flags=RDWR | os.O_APPEND)
+        flags = RDWR | os.O_APPEND
+        theirs = [await node.volume.open(handle.ino, flags, 0) for node in cluster.nodes[1:]]
+        handles = [handle, *theirs]
+
+        async def append(at: int) -> None:
+            for number in range(30):
+                record = b"%d:%06d" % (at, number) * 100
+                await cluster.nodes[at].volume.write(handles[at], 0, record)
+                await trio.sleep(0.002)
+
+        async with trio.open_nursery() as nursery:
+            for at in range(3):
+                nursery.start_soon(append, at)
+        content = bytes(await cluster.nodes[1].volume.read(handles[1], 0, 10**7))
+        assert len(content) == 3 * 30 * 800
+        found = [content[start : start + 800] for start in range(0, len(content), 800)]
+        for at in range(3):
+            ours = [record for record in found if record.startswith(b"%d:" % at)]
+            assert ours == [b"%d:%06d" % (at, number) * 100 for number in range(30)]
+        for node, each in zip(cluster.nodes, handles, strict=True):
+            await node.volume.release(each)
+
+
+@in_virtual_time
+async def test_renames_across_directories_from_two_hosts_end() -> None:
+    async with cluster_volumes(2) as cluster:
+        one, two = cluster.nodes
+        a, b = await mkdir(one.volume, b"a"), await mkdir(one.volume, b"b")
+        c = await mkdir(one.volume, b"c", parent=a.ino)
+        await mkdir(one.volume, b"x", parent=c.ino)
+        await mkdir(one.volume, b"y", parent=b.ino)
+        moved = 0
+
+        async def move(node: Node, source: int, target: int, name: bytes) -> None:
+            nonlocal moved
+            for _ in range(40):
+                with suppress(NotFound):
+                    await node.volume.rename(source, name, target, name)
+                    moved += 1
+                source, target = target, source
+                await trio.sleep(0.001)
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(move, one, c.ino, b.ino, b"x")
+                nursery.start_soon(move, two, b.ino, c.ino, b"y")
+                nursery.start_soon(move, two, c.ino, a.ino, b"x")
+                nursery.start_soon(move, one, a.ino, b.ino, b"y")
+        assert moved >= 40
+        found = [await names(two.volume, each.ino) for each in (a, b, c)]
+        assert sorted(name for each in found for name in each).count(b"x") == 1
+
+
+@in_virtual_time
+async def test_a_truncation_here_and_writes_there() -> None:
+    """Each write is there as a whole or was cut off as a whole, and nothing old comes back."""
+    async with cluster_volumes(2) as cluster:
+        one, two = cluster.nodes
+        handle = await create(one.volume, b"f")
+        theirs = await two.volume.open(handle.ino, RDWR, 0)
+
+        async def cut() -> None:
+            for number in range(20):
+                await two.volume.setattr(handle.ino, SetAttributes(size=number % 3 * 700))
+                await trio.sleep(0.004)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cut)
+            for number in range(1, 60):
+                at = number % 5 * UNIT // 2
+                await one.volume.write(handle, at, bytes([number]) * 5000)
+                content = bytes(await two.volume.read(theirs, 0, 10**7))
+                assert content.count(bytes([number])) in (0, 700, 5000)
+                assert (await two.volume.getattr(handle.ino)).size in range(5 * UNIT)
+                await trio.sleep(0.001)
+        await two.volume.setattr(handle.ino, SetAttributes(size=0))
+        await one.volume.setattr(handle.ino, SetAttributes(size=5 * UNIT))
+        assert not any(bytes(await two.volume.read(theirs, 0, 10**7)))
+        await one.volume.release(handle)
+        await two.volume.release(theirs)
+
+
+@in_virtual_time
+async def test_fsync_covers_what_was_written_under_a_lock_that_is_lost() -> None:
+    async with cluster_volumes(3) as cluster:
+        one, two, three = cluster.nodes
+        handle = await create(one.volume, b"f")
+        await one.volume.write(handle, 0, b"1" * UNIT)
+        theirs = await two.volume.open(handle.ino, RDWR, 0)
+        await two.volume.write(theirs, 2 * UNIT, b"2" * 512)
+        assert not one.locks.node_holds(handle.state.resource, Mode.PR)
+        await one.volume.fsync(handle.ino, False)
+        await two.volume.fsync(handle.ino, True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cluster.kill, one)
+            nursery.start_soon(cluster.kill, two)
+        again = await three.volume.open((await three.volume.lookup(ROOT, b"f")).ino, RDWR, 0)
+        content = bytes(await three.volume.read(again, 0, 10**7))
+        assert content == b"1" * UNIT + bytes(UNIT) + b"2" * 512
+        await three.volume.release(again)
