@@ -179,7 +179,8 @@ class Search:
             epoch = self._recovery.epoch
             for wait, words in victims(common(self._first, graph), self._answers.values()):
                 out.append(Send(wait.node, Victim(epoch, wait.node, wait.number, words)))
-        return out + (self._begin() if self._again else [])
+        # What is left once these have given way is not known: look again.
+        return out + (self._begin() if self._again or out else [])
 
     # -- what this node knows --------------------------------------------------------------
     def waits(self, number: int, now: float) -> Waits:

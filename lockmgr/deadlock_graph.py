@@ -8,7 +8,8 @@ that waits for a demotion may yet be let in by a request that is on its way.
 
 Of the waits in a cycle of deadlocked ones the youngest is given up, shortest cycles first, until
 none is left; then those are taken back that the others have made superfluous. So whoever is denied
-would have waited for ever though all the others gave way.
+would have waited for ever though all the others gave way. Of what waits for one resource only one
+is given up at a time; the next search finds what is left.
 """
 
 from __future__ import annotations
@@ -174,6 +175,9 @@ def victims(graph: Graph, answers: Iterable[Waits]) -> list[tuple[Vertex, str]]:
 
 
 def _without(graph: Graph, waits: list[Vertex], claims: dict[Vertex, WaitingClaim]) -> Graph:
-    """After these waits have ended, and the requests that they needed: they may be cancelled."""
-    gone = {*waits, *(r for wait in waits for r in _requests(wait.node, claims[wait]))}
+    """After these waits have ended. Their requests may be cancelled, and so may the demotions that
+    those have caused: whatever else waits for the same resources may have its turn."""
+    touched = {claims[wait].resource for wait in waits}
+    ended = {wait for wait, claim in claims.items() if claim.resource in touched}
+    gone = ended.union(*(_requests(wait.node, claims[wait]) for wait in ended))
     return {vertex: graph[vertex] for vertex in graph.keys() - gone}

@@ -273,7 +273,9 @@ def test_no_victim_is_superfluous() -> None:
     graph[Vertex(0, 9, True)] = _all_of(b)
     ages = {a: 1.0, b: 2.0, c: 3.0}
     claims = tuple(
-        WaitingClaim(wait.number, wait.number, f"wait {wait.number}", b"r", age, (), (), 0)
+        WaitingClaim(
+            wait.number, wait.number, f"wait {wait.number}", b"r%d" % wait.number, age, (), (), 0
+        )
         for wait, age in ages.items()
     )
     ((victim, words),) = victims(graph, [Waits(1, 0, 1, claims, (), ())])
