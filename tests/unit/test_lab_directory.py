@@ -86,6 +86,18 @@ def test_an_inode_number_that_comes_again_is_another_file() -> None:
     assert not possible({"a": (5, ())}, calls, {"a": (5, ("x",))})
 
 
+def test_so_it_is_if_both_were_created_here() -> None:
+    calls = [
+        call(0, "create a", 5, 0, 1),
+        call(1, "open a", 5, 2, 3),
+        call(0, "unlink a", 0, 4, 5),
+        call(0, "create a", 5, 6, 7),
+        call(1, "write x", 0, 8, 9),
+    ]
+    assert possible({}, calls, {"a": (5, ())})
+    assert not possible({}, calls, {"a": (5, ("x",))})
+
+
 def test_an_error_that_no_directory_gives_is_impossible() -> None:
     assert not possible({}, [call(0, "create a", -errno.EIO, 0, 1)], {})
     assert not possible({"a": (5, ())}, [call(0, "unlink a", -errno.EIO, 0, 1)], {"a": (5, ())})

@@ -259,6 +259,11 @@ def test_an_error_is_logged_and_ends_the_program(
     assert not history.acked
 
 
+def test_a_short_write_is_an_error(anywhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwritev", lambda _handle, _buffers, _offset: 512)
+    assert Writer(job(anywhere)).run() == workload.FAILED
+
+
 def test_nothing_is_written_where_nothing_is_mounted(tmp_path: Path) -> None:
     assert Writer(job(tmp_path)).run() == workload.FAILED
     assert not (tmp_path / "image").exists()

@@ -159,15 +159,15 @@ def run(
     Ends with 0 if nothing was lost, stale or late and `csvctl check` found the volume clean, else
     with 1. Example: csvctl lab run san-cut --json
     """
-    from csvctl.lab import scenarios
+    from csvctl.lab.scenarios import SCENARIOS, play
 
     if not scenario:
-        for name, each in scenarios.SCENARIOS.items():
+        for name, each in SCENARIOS.items():
             console.say(f"{name:<30} {each.summary}")
         return
     require_root()
     with console.spinner(f"lab run {scenario}") as tell:
-        result = scenarios.play(_absolute(directory), scenario, tell)
+        result = play(_absolute(directory), scenario, tell)
     if as_json:
         console.say(json.dumps(result))
     else:
