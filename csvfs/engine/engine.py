@@ -132,8 +132,10 @@ class Engine:
     @asynccontextmanager
     async def last_user(self, state: InodeState) -> AsyncIterator[bool]:
         """True if nobody has the inode, which is locked alone, open or knows of it, on any node;
-        and so it stays until the end of the block."""
-        if state.known:
+        and so it stays until the end of the block. Nobody is asked about one with further names.
+        """
+        inode = state.fields()
+        if state.known or (inode.nlink > 1 and not inode.is_directory):
             yield False
             return
         resource = self.resources.opened(state.ino)

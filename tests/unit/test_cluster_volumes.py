@@ -263,3 +263,17 @@ async def test_fsync_covers_what_was_written_under_a_lock_that_is_lost() -> None
         content = bytes(await three.volume.read(again, 0, 10**7))
         assert content == b"1" * UNIT + bytes(UNIT) + b"2" * 512
         await three.volume.release(again)
+
+
+@in_virtual_time
+async def test_one_of_two_names_goes_without_asking_who_has_the_file_open() -> None:
+    async with cluster_volumes(2) as cluster:
+        one, two = cluster.nodes
+        handle = await create(one.volume, b"f")
+        await one.volume.link(handle.ino, ROOT, b"g")
+        started = trio.current_time()
+        await two.volume.unlink(ROOT, b"f")
+        assert trio.current_time() - started < 0.1
+        assert (await one.volume.getattr(handle.ino)).nlink == 1
+        await one.volume.release(handle)
+        await one.volume.forget(handle.ino, 1)
