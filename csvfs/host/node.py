@@ -182,6 +182,7 @@ class ClusterNode:
             case Stop(reason, words):
                 if reason is not StopReason.LEFT:
                     self._path.evict(words)
+                    self._arbiter.abort()
                     self.fail(VolumeFailed(words))
             case _:
                 pass  # sessions are the arbiter's business
@@ -224,13 +225,20 @@ class ClusterNode:
         cleared = [number_of(each.node) for each in effect.departed if each.cleared]
         if cleared:
             locks.cleared(cleared)
+        if effect.coordinator == self._cluster.me:
+            # Who left cleanly may have left orphans that somebody else has open.
+            for each in effect.departed:
+                if each.was_active and not each.needs_replay:
+                    self._recover_soon(each.node.slot)
 
     def _on_thawed(self, epoch: int) -> None:
         self._cluster.locks_thawed(epoch)
         self._started.set()
 
     def _on_silent_holder(self, number: int, words: str) -> None:
-        self._on_unresponsive(NodeId(*slot_and_incarnation(number)), words)
+        node = NodeId(*slot_and_incarnation(number))
+        if node != self._cluster.me or self._cluster.lease.valid():
+            self._on_unresponsive(node, words)
 
     def _on_unresponsive(self, node: NodeId, words: str) -> None:
         _log.error("node %s is to be evicted: %s", node, words)
@@ -250,8 +258,7 @@ class ClusterNode:
             self._told(f"replaying the journal of slot {node.slot}")
             report = await replay_slot(path, superblock, node.slot, node.incarnation)
             self._own_start = report.start if own else self._own_start
-            if node.slot not in self._to_recover:
-                self._to_recover.append(node.slot)
+            self._recover_soon(node.slot)
         elif own:
             self._own_start = await begin_slot(path, superblock, node.slot, node.incarnation)
         # Else it was never active, and has changed nothing.
@@ -259,4 +266,8 @@ class ClusterNode:
             self.locks.replayed([number_of(node)])
         self._replaying.discard(node)
         self._cluster.replayed(node)
+
+    def _recover_soon(self, slot: int) -> None:
+        if slot not in self._to_recover:
+            self._to_recover.append(slot)
         self._recover_kick.set()

@@ -1,16 +1,17 @@
-"""The demo: format, mount, guests, SIGKILL in the middle of writing, mount again, compare.
+"""The demo: three hosts, one LUN, guests; one host frozen while it writes, one without power.
 
-What it shows at the end is not this program's opinion: `tests.workload.verify` and
-`tests.guest.verify` are programs of their own that compare the images on the volume with lists of
-acknowledged writes kept outside of it, and `csvctl check` looks at the volume itself.
+What it shows is not this program's opinion: `tests.workload.verify` and `tests.guest.verify` are
+programs of their own that compare images on the volume with lists of acknowledged writes kept
+outside of it, the target itself says what it refuses, and `csvctl check` looks at the volume.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,19 +19,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.guest.image import bootable_image
 from tests.guest.machine import Machine
-from tests.tgt import Tgt
 
-LUN_BYTES = 4 << 30
+HOSTS = ("host1", "host2", "host3")
+LUN_SIZE = "4G"
 GUEST_BYTES = 192 << 20
-IMAGE_BYTES = 32 << 20
-IMAGES = 4
-WRITTEN_BEFORE_KILL = 400
+RAW_BYTES = 32 << 20
+WRITTEN_BEFORE_FAULT = 200
+VERIFIED = "VERIFIED 150 BAD 0"
 CSVCTL = str(Path(sys.executable).with_name("csvctl"))
 
 
@@ -41,17 +43,15 @@ class DemoFailed(Exception):
 class Demo:
     """The steps, and the table of what they did."""
 
-    def __init__(self, directory: Path, target: Tgt) -> None:
-        self.lun = target.url
+    def __init__(self, directory: Path) -> None:
+        self.lab = directory / "lab"
         self.outside = directory
-        self.mountpoint = directory / "mnt"
-        self.mountpoint.mkdir()
-        self.guest_log = directory / "guest-console.log"
-        self.ack_log = directory / "acknowledged.log"
         self.console = Console()
-        self.table = Table("step", "what happened", "seconds", title="csvfs: one host, end to end")
-        self.images = [self.mountpoint / f"vm{number}.raw" for number in range(1, IMAGES + 1)]
-        self.guest_image = self.mountpoint / "guest.raw"
+        self.table = Table("step", "what happened", "seconds", title="csvfs: three hosts, one LUN")
+        self.ack_log = directory / "acknowledged.log"
+        self.guest_logs = {host: directory / f"{host}-console.log" for host in HOSTS}
+        self._log_seen: dict[str, int] = {}
+        self._rewritten = b""
 
     # -- running things ------------------------------------------------------------------------
     def step(self, name: str, action: Callable[[], str]) -> None:
@@ -72,125 +72,242 @@ class Demo:
             )
         return done.stdout.strip()
 
-    def csvctl(self, *arguments: str) -> str:
-        """Run csvctl."""
-        return self.run(CSVCTL, *arguments)
+    def lab_command(self, *arguments: str) -> str:
+        """Run `csvctl lab` on this demo's lab."""
+        command, *rest = arguments
+        return self.run(CSVCTL, "lab", command, "--dir", str(self.lab), *rest)
+
+    def on(self, host: str, *command: str) -> str:
+        """Run a program on a host: in its network, with its csvctl."""
+        return self.lab_command("exec", host, "--", *command)
 
     def module(self, name: str, *arguments: str | Path) -> str:
         """Run a program of this tree."""
         return self.run(sys.executable, "-m", name, *map(str, arguments))
 
-    # -- the steps -------------------------------------------------------------------------------
-    def format(self) -> str:
-        self.csvctl("format", self.lun, "--label", "demo")
-        return f"{LUN_BYTES >> 30} GiB LUN on a real tgtd"
-
-    def mount(self) -> str:
-        self.csvctl("mount", self.lun, str(self.mountpoint))
-        return f"at {self.mountpoint}, daemon {self.status()['pid']}"
-
-    def status(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads(self.csvctl("status", str(self.mountpoint), "--json"))
+    def description(self, host: str) -> dict[str, Any]:
+        """What the lab knows of a host."""
+        shown = json.loads(self.lab_command("status", "--json"))
+        found: dict[str, Any] = next(each for each in shown["hosts"] if each["name"] == host)
         return found
 
+    def mount(self, host: str) -> Path:
+        return self.lab / host
+
+    def guest(self, host: str) -> str:
+        return f"{host}-guest.raw"
+
+    # -- the steps -------------------------------------------------------------------------------
+    def up(self) -> str:
+        self.lab_command("up", "--hosts", str(len(HOSTS)), "--size", LUN_SIZE)
+        nodes = json.loads(self.on("host1", CSVCTL, "node", "list", "--json"))
+        active = [each["node"] for each in nodes["nodes"] if each["state"] == "active"]
+        if sorted(active) != list(HOSTS):
+            raise DemoFailed(f"active are {active}")
+        return f"{LUN_SIZE} LUN on one tgtd; view {nodes['epoch']}: {', '.join(active)}"
+
     def make_images(self) -> str:
-        shutil.copyfile(bootable_image(GUEST_BYTES), self.guest_image)
-        for image in self.images:
-            image.touch()
-            os.truncate(image, IMAGE_BYTES)
-        self.run("qemu-img", "create", "-f", "qcow2", str(self.mountpoint / "vm5.qcow2"), "8G")
-        return f"a bootable guest, {IMAGES} raw images and a qcow2"
+        bootable = bootable_image(GUEST_BYTES)
+        for host in HOSTS:
+            shutil.copyfile(bootable, self.mount(host) / self.guest(host))
+        raw = self.mount("host2") / "raw"
+        raw.touch()
+        os.truncate(raw, RAW_BYTES)
+        listings = {tuple(sorted(os.listdir(self.mount(host)))) for host in HOSTS}
+        if len(listings) != 1:
+            raise DemoFailed(f"the hosts see different trees: {listings}")
+        return f"each host made its guest's; all see {', '.join(listings.pop())}"
 
     def boot(self) -> str:
-        with Machine(self.guest_image, "write:0:150", self.guest_log) as guest:
-            guest.wait_for("^GUEST UP", 90)
-            verified = guest.wait_for("^VERIFIED", 120)
-            guest.wait_ended(30)
-        if verified != "VERIFIED 150 BAD 0":
+        for host in HOSTS:
+            image = self.mount(host) / self.guest(host)
+            with Machine(image, "write:0:150", self.guest_logs[host]) as guest:
+                self._expect(guest, VERIFIED)
+        return "each host booted its guest; it wrote, flushed and verified 150 blocks"
+
+    def _expect(self, guest: Machine, words: str) -> None:
+        guest.wait_for("^GUEST UP", 90)
+        verified = guest.wait_for("^VERIFIED", 120)
+        guest.wait_ended(30)
+        if verified != words:
             raise DemoFailed(f"the guest said: {verified}")
-        return "booted from its image; wrote, flushed and verified 150 blocks"
 
     @contextmanager
-    def writer(self) -> Iterator[subprocess.Popen[bytes]]:
-        argv = [sys.executable, "-m", "tests.workload.writer", self.ack_log, *self.images]
-        with subprocess.Popen([str(word) for word in argv], stdout=subprocess.PIPE) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def kill_while_writing(self) -> str:
+    def busy(self, host: str) -> Iterator[tuple[Machine, subprocess.Popen[bytes]]]:
+        """A guest and a program that write without end on a host."""
+        image = self.mount(host) / self.guest(host)
+        argv = [
+            sys.executable,
+            "-m",
+            "tests.workload.writer",
+            self.ack_log,
+            self.mount(host) / "raw",
+        ]
         with (
-            Machine(self.guest_image, "endless:150", self.guest_log) as guest,
-            self.writer() as writer,
+            Machine(image, "endless:150", self.guest_logs[host]) as guest,
+            subprocess.Popen([str(word) for word in argv], stdout=subprocess.PIPE) as writer,
         ):
-            guest.wait_for_acknowledged(WRITTEN_BEFORE_KILL, 120)
-            pid = int(str(self.status()["pid"]))
-            os.kill(pid, signal.SIGKILL)
-            writer.wait(60)
-            acknowledged = len(self.ack_log.read_bytes().splitlines())
-            seen = len(guest.acknowledged)
-        if not acknowledged:
-            raise DemoFailed("the writer had nothing acknowledged when the daemon was killed")
-        return f"SIGKILL after {acknowledged} acknowledged writes of a process, {seen} of the guest"
+            try:
+                guest.wait_for_acknowledged(WRITTEN_BEFORE_FAULT, 120)
+                yield guest, writer
+            finally:
+                writer.kill()
+
+    def freeze(self) -> str:
+        self._mark_log("host2")
+        self.lab_command("fault", "freeze", "host2")
+        return "SIGSTOP of its daemon while a guest and a program write"
+
+    def take_over(self) -> str:
+        """Returns when host1 has written to host2's image for the first time."""
+        with open(self.mount("host1") / "raw", "r+b") as raw:
+            raw.read(4096)
+            raw.seek(0)
+            before = raw.read(4096)
+            raw.seek(0)
+            raw.write(before)
+            raw.flush()
+            os.fsync(raw.fileno())
+        nodes = json.loads(self.on("host1", CSVCTL, "node", "list", "--json"))
+        left = [each["node"] for each in nodes["nodes"] if each["state"] == "active"]
+        if "host2" in left:
+            raise DemoFailed("host2 is still a member")
+        return f"view {nodes['epoch']}: {', '.join(sorted(left))}; its journal is replayed"
 
     def compare(self) -> str:
-        ours = self.module("tests.workload.verify", self.ack_log, *self.images)
-        guests = self.module("tests.guest.verify", self.guest_log, self.guest_image)
+        raw, image = self.mount("host1") / "raw", self.mount("host1") / self.guest("host2")
+        ours = self.module("tests.workload.verify", self.ack_log, raw)
+        guests = self.module("tests.guest.verify", self.guest_logs["host2"], image)
         return f"{ours}; {guests}"
 
+    def rewrite(self) -> str:
+        image = self.mount("host1") / self.guest("host2")
+        with Machine(image, "write:100000:150", self.outside / "moved.log") as guest:
+            self._expect(guest, VERIFIED)
+        with open(self.mount("host1") / "raw", "r+b") as raw:
+            raw.write(os.urandom(RAW_BYTES))
+            os.fsync(raw.fileno())
+        self._rewritten = self._digest("host1")
+        return "host2's guest boots on host1 and writes on; the raw image is written anew"
+
+    def _digest(self, host: str) -> bytes:
+        digest = hashlib.sha256()
+        for name in ("raw", self.guest("host2")):
+            with open(self.mount(host) / name, "rb") as image:
+                while piece := image.read(1 << 20):
+                    digest.update(piece)
+        return digest.digest()
+
+    def thaw(self, writer: subprocess.Popen[bytes]) -> str:
+        pid = self.description("host2")["pid"]
+        os.kill(int(pid), 18)  # SIGCONT: the lab's heal would mount again as well
+        writer.wait(60)
+        assert writer.stdout is not None
+        said = writer.stdout.read().decode().strip()
+        stopped = self._wait_log("host2", "this node stops")
+        closed = self._wait_log("host2", "the paths are closed")
+        for words in (closed, stopped):
+            self.console.print(f"    host2: {words}", highlight=False)
+        target = json.loads(self.lab_command("status", "--json"))["lun"]
+        initiator = self.description("host2")["initiator"]
+        refused = self.on("host2", sys.executable, "-m", "tools.demo.zombie", target, initiator)
+        self.console.print(f"    host2: {refused}", highlight=False)
+        if "reservation conflict" not in refused.lower():
+            raise DemoFailed(f"host2 could write: {refused}")
+        if not (self._digest("host1") == self._digest("host3") == self._rewritten):
+            raise DemoFailed("the images are not what host1 wrote")
+        return f"sessions closed, RESERVATION CONFLICT; images as host1 wrote them; {said}"
+
+    def come_back(self) -> str:
+        self.lab_command("heal", "host2")
+        nodes = json.loads(self.on("host2", CSVCTL, "node", "list", "--json"))
+        mine = next(each for each in nodes["nodes"] if each["is_this_host"])
+        if self._digest("host2") != self._rewritten:
+            raise DemoFailed("host2 sees other images than host1 wrote")
+        return f"view {nodes['epoch']}: slot {mine['slot']}, incarnation {mine['incarnation']}"
+
+    def power_off(self) -> str:
+        image = self.mount("host3") / self.guest("host3")
+        log = self.guest_logs["host3"]
+        with Machine(image, "endless:150", log) as guest:
+            guest.wait_for_acknowledged(50, 120)
+            self.lab_command("fault", "power-off", "host3")
+            started = time.monotonic()
+            with open(self.mount("host1") / self.guest("host3"), "r+b") as moved:
+                moved.write(moved.read(4096)[:0] or b"")
+                moved.seek(0)
+                first = moved.read(4096)
+                moved.seek(0)
+                moved.write(first)
+                moved.flush()
+                os.fsync(moved.fileno())
+            passed = time.monotonic() - started
+        verdict = self.module("tests.guest.verify", log, self.mount("host1") / self.guest("host3"))
+        return f"host1's first write to its image after {passed:.1f} s; {verdict}"
+
     def boot_again(self) -> str:
-        with Machine(self.guest_image, "verify:0:150", self.outside / "second.log") as guest:
-            verified = guest.wait_for("^VERIFIED", 120)
-            guest.wait_ended(30)
-        if verified != "VERIFIED 150 BAD 0":
-            raise DemoFailed(f"the guest said: {verified}")
-        return "the guest boots again and finds its 150 blocks"
+        image = self.mount("host2") / self.guest("host3")
+        with Machine(image, "verify:0:150", self.outside / "again.log") as guest:
+            self._expect(guest, VERIFIED)
+        return "host3's guest boots on host2 and finds its first 150 blocks"
 
-    def umount(self) -> str:
-        self.csvctl("umount", str(self.mountpoint))
-        return "left cleanly"
+    def down(self) -> str:
+        for host in ("host1", "host2"):
+            self.on(host, CSVCTL, "umount", str(self.mount(host)))
+        lun = json.loads(self.lab_command("status", "--json"))["lun"]
+        return self.on("host1", CSVCTL, "check", lun).splitlines()[-1]
 
-    def check(self) -> str:
-        return self.csvctl("check", self.lun).splitlines()[-1]
+    # -- logs ------------------------------------------------------------------------------------
+    def _mark_log(self, host: str) -> None:
+        self._log_seen[host] = Path(self.description(host)["log"]).stat().st_size
+
+    def _wait_log(self, host: str, words: str, limit_s: float = 30.0) -> str:
+        """The first line with these words since the mark, without its time and place."""
+        path, end = Path(self.description(host)["log"]), time.monotonic() + limit_s
+        while time.monotonic() < end:
+            for line in path.read_text()[self._log_seen[host] :].splitlines():
+                if words in line:
+                    return re.sub(r"^\S+ \S+ \S+ [^:]+: ", "", line)
+            time.sleep(0.05)
+        raise DemoFailed(f"{host} did not say within {limit_s:.0f} s: {words}")
 
     def play(self) -> None:
         """All steps in their order."""
-        self.step("format", self.format)
-        self.step("mount", self.mount)
+        self.step("three hosts", self.up)
         self.step("images", self.make_images)
-        self.step("boot a guest", self.boot)
-        self.step("kill the daemon", self.kill_while_writing)
-        self.step("mount again", self.mount)
-        self.step("compare", self.compare)
-        self.step("boot again", self.boot_again)
-        self.step("umount", self.umount)
-        self.step("check", self.check)
+        self.step("boot the guests", self.boot)
+        with self.busy("host2") as (_guest, writer):
+            self.step("freeze host2", self.freeze)
+            self.step("host1 takes over", self.take_over)
+            self.step("compare", self.compare)
+            self.step("rewrite", self.rewrite)
+            self.step("thaw host2", lambda: self.thaw(writer))
+        self.step("host2 comes back", self.come_back)
+        self.step("power off host3", self.power_off)
+        self.step("boot its guest", self.boot_again)
+        self.step("leave, check", self.down)
         self.console.print(self.table)
-
-
-def clean_up(mountpoint: Path) -> None:
-    """Leave no mount behind, whatever happened."""
-    if mountpoint.is_mount():
-        subprocess.run([CSVCTL, "umount", str(mountpoint)], capture_output=True, check=False)
-    if mountpoint.is_mount():
-        subprocess.run(["umount", "--lazy", str(mountpoint)], capture_output=True, check=False)
 
 
 def main() -> int:
     """Play the demo; exit status 0 when everything held."""
     if os.geteuid() != 0:
-        print("The demo mounts a filesystem and starts a target: run it as root, or `make demo`.")
+        print("The demo makes namespaces and mounts filesystems: run it as root, or `make demo`.")
         return 77
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="csvfs-demo-")))
-        target = stack.enter_context(Tgt(lun_bytes=LUN_BYTES))
-        demo = Demo(directory, target)
-        stack.callback(clean_up, demo.mountpoint)
+        demo = Demo(directory)
+        stack.callback(
+            subprocess.run,
+            [CSVCTL, "lab", "down", "--dir", str(demo.lab)],
+            capture_output=True,
+            check=False,
+        )
         try:
             demo.play()
-        except (DemoFailed, TimeoutError) as error:
-            demo.console.print(f"[bold red]The demo failed.[/bold red] {error}", markup=True)
+        except (DemoFailed, TimeoutError, subprocess.TimeoutExpired) as error:
+            demo.console.print("[bold red]The demo failed.[/bold red]")
+            demo.console.print(str(error), markup=False)
             return 1
     return 0
 
