@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard redirector/native/*.c red
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed ## one host end to end: format, mount, boot a guest, SIGKILL, verify
+demo: $(VENV)/.installed ## three hosts, one LUN: guests, one host frozen, one without power, verify
 	@$(SUDO) $(BIN)/python -m tools.demo
 
 test: lint ## lint, then every test that is quick (10 minutes at most)

@@ -160,14 +160,7 @@ class Demo:
 
     def take_over(self) -> str:
         """Returns when host1 has written to host2's image for the first time."""
-        with open(self.mount("host1") / "raw", "r+b") as raw:
-            raw.read(4096)
-            raw.seek(0)
-            before = raw.read(4096)
-            raw.seek(0)
-            raw.write(before)
-            raw.flush()
-            os.fsync(raw.fileno())
+        write_first_block(self.mount("host1") / "raw")
         nodes = json.loads(self.on("host1", CSVCTL, "node", "list", "--json"))
         left = [each["node"] for each in nodes["nodes"] if each["state"] == "active"]
         if "host2" in left:
@@ -233,14 +226,7 @@ class Demo:
             guest.wait_for_acknowledged(50, 120)
             self.lab_command("fault", "power-off", "host3")
             started = time.monotonic()
-            with open(self.mount("host1") / self.guest("host3"), "r+b") as moved:
-                moved.write(moved.read(4096)[:0] or b"")
-                moved.seek(0)
-                first = moved.read(4096)
-                moved.seek(0)
-                moved.write(first)
-                moved.flush()
-                os.fsync(moved.fileno())
+            write_first_block(self.mount("host1") / self.guest("host3"))
             passed = time.monotonic() - started
         verdict = self.module("tests.guest.verify", log, self.mount("host1") / self.guest("host3"))
         return f"host1's first write to its image after {passed:.1f} s; {verdict}"
@@ -287,6 +273,16 @@ class Demo:
         self.step("boot its guest", self.boot_again)
         self.step("leave, check", self.down)
         self.console.print(self.table)
+
+
+def write_first_block(image: Path) -> None:
+    """Write the first block of an image as it is, and have it stable."""
+    with image.open("r+b") as file:
+        block = file.read(4096)
+        file.seek(0)
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def main() -> int:
