@@ -22,7 +22,7 @@ from csvfs.membership.path_keys import PathKeys
 from csvfs.membership.peek import peek
 from csvfs.mkfs import FormatOptions, make_filesystem
 from lockmgr.cluster import effects, events
-from lockmgr.cluster.blocks import Identity
+from lockmgr.cluster.blocks import Heartbeat, Identity
 from lockmgr.cluster.member import Member
 from lockmgr.cluster.outcomes import Good, Knocked, Outcome
 from lockmgr.cluster.settings import Settings
@@ -124,7 +124,7 @@ class MemberNode:
         self.log: list[effects.Effect] = []
         self.told: list[str] = []
         """What the data path is told, in order."""
-        self.outcomes: list[tuple[effects.IoEffect, Outcome]] = []
+        self.outcomes: list[tuple[effects.AnyIo, Outcome]] = []
         self.cut_off = False
         self.stopped = trio.Event()
         self.scope = trio.CancelScope()
@@ -132,6 +132,7 @@ class MemberNode:
         self._send, self._receive = trio.open_memory_channel[events.Event](float("inf"))
         self._frozen: trio.Event | None = None
         self._locks = -1
+        self._writing = False
         self._newcomer_key = 0
 
     # -- what tests ask ------------------------------------------------------------------------
@@ -241,9 +242,12 @@ class MemberNode:
                 for node in self._reached():
                     if node.is_peer(peer) and self.member.node is not None:
                         node.give(events.Received(self.id, message))
-            case effects.Beat(beat):
+            case effects.Beat(beat, key):
                 for node in self._reached():
                     node.give(events.BeatHeard(beat))
+                if key and not self._writing:
+                    self._writing = True
+                    nursery.start_soon(self._write, beat, key, self.now)
             case effects.ViewInstalled(view):
                 if view.lock_epoch != self._locks and self.member.node in view.active:
                     self._locks = view.lock_epoch
@@ -261,7 +265,7 @@ class MemberNode:
             case _:
                 nursery.start_soon(self._do, effect)
 
-    async def _do(self, effect: effects.IoEffect) -> None:
+    async def _do(self, effect: effects.AnyIo) -> None:
         if isinstance(effect, effects.Knock):
             answered = frozenset(
                 node.id for node in self._reached() if node.member.node in effect.nodes
@@ -273,6 +277,14 @@ class MemberNode:
         outcome = await self.arbiter.carry_out(effect)
         self.outcomes.append((effect, outcome))
         self.give(events.Done(effect.op, outcome))
+
+    async def _write(self, beat: Heartbeat, key: int, sent_at: float) -> None:
+        effect = effects.WriteHeartbeat(0, beat)
+        outcome = await self.arbiter.carry_out(effect)
+        self.outcomes.append((effect, outcome))
+        self._writing = False
+        good = isinstance(outcome, Good)
+        self.give(events.HeartbeatWritten(key, sent_at) if good else events.HeartbeatFailed(key))
 
     def is_peer(self, peer: NodeId) -> bool:
         if peer.slot == NEWCOMER_SLOT:

@@ -154,7 +154,7 @@ class LunArbiter:
         self._sessions.check()
 
     # -- carrying out ----------------------------------------------------------------------------
-    async def carry_out(self, effect: effects.IoEffect) -> Outcome:
+    async def carry_out(self, effect: effects.AnyIo) -> Outcome:
         """Do it, and say how it ended. Raises `KeysExhausted` when this incarnation has used up its
         path generations: it can only leave, and come back as another one.
         """
@@ -173,7 +173,7 @@ class LunArbiter:
         self.trouble = ""
         return Good(value)
 
-    def _session_for(self, effect: effects.IoEffect) -> Registration | None:
+    def _session_for(self, effect: effects.AnyIo) -> Registration | None:
         """What is closed if it fails; those that open and close see to that themselves."""
         sessions = self._sessions
         match effect:
@@ -186,7 +186,7 @@ class LunArbiter:
             case _:
                 return sessions.control or sessions.newcomer
 
-    async def _do(self, effect: effects.IoEffect) -> outcomes.Value:
+    async def _do(self, effect: effects.AnyIo) -> outcomes.Value:
         sessions, volume = self._sessions, self._volume
         match effect:
             case effects.OpenNewcomer():
@@ -368,7 +368,7 @@ _SINGLE = (
 """What changes nothing, or changes it with one command: refused, nothing was done."""
 
 
-def _outcome_of(effect: effects.IoEffect, error: BlockError) -> Outcome:
+def _outcome_of(effect: effects.AnyIo, error: BlockError) -> Outcome:
     if isinstance(effect, _SINGLE):
         if isinstance(error, ReservationConflict):
             return Refused(Why.CONFLICT)

@@ -1,13 +1,20 @@
 """What every node does with each tick: show life, look at the others, keep the lease.
 
-At most one heartbeat write and one block read are on their way. Their answers renew the lease and
-show that the own path completes writes and reads, without which nobody is judged.
+A tick says what the heartbeats are to show, and on which session they may be written; whoever sends
+them (`lockmgr.cluster.pulse`) may send more than one of it, and tells of each that is on the LUN
+when it was sent. At most one block read is on its way. Confirmed writes renew the lease; they and
+the reads show that the own path works, without which nobody is judged.
+
+invariants:
+- only writes on the control session of this moment count, and only until `Stop`;
+- a coordinator's answers rest on writes that were sent since it has been in office on that session.
 """
 
 from __future__ import annotations
 
 from lockmgr.cluster.blocks import Heartbeat
-from lockmgr.cluster.effects import Beat, LeaseUntil, ReadBlocks, WriteHeartbeat
+from lockmgr.cluster.effects import Beat, LeaseUntil, ReadBlocks
+from lockmgr.cluster.errors import MembershipViolation
 from lockmgr.cluster.messages import AskLease
 from lockmgr.cluster.outcomes import Blocks, Good, Outcome
 from lockmgr.cluster.state import NodeState
@@ -19,8 +26,8 @@ class Beating:
     def __init__(self, st: NodeState) -> None:
         self._st = st
         self.sequence = 0
-        self._write: tuple[int, float, int, bool] | None = None
-        """op, when it was sent, session, whether on the reserving session."""
+        self._office: tuple[int, float] = (0, 0.0)
+        """Key of the reserving session, and since when heartbeats on it show the coordinator's."""
         self._read: tuple[int, int] | None = None
         self._wrote_at = self._read_at = float("-inf")
 
@@ -31,11 +38,12 @@ class Beating:
             return
         self._judge_afresh_unless_looking()
         self.sequence += 1
-        beat = st.heartbeat(self.sequence)
-        st.emit(Beat(beat))
-        if st.path_key and st.may_write and self._write is None and st.unregistered is None:
-            self._write = (st.op(), st.now, st.session, st.in_office)
-            st.emit(WriteHeartbeat(self._write[0], beat))
+        key = self.key
+        if not st.in_office:
+            self._office = (0, 0.0)
+        elif self._office[0] != key:
+            self._office = (key, st.now)
+        st.emit(Beat(st.heartbeat(self.sequence), key))
         if st.path_key and self._read is None:
             self._read = (st.op(), st.session)
             st.emit(ReadBlocks(self._read[0]))
@@ -44,6 +52,12 @@ class Beating:
             if coordinator is not None and coordinator != st.me:
                 st.send(coordinator, AskLease(st.now))
         st.best = st.judge.verdict(st.now, direct=bool(st.path_key))
+
+    @property
+    def key(self) -> int:
+        """Of the session that heartbeats may be written on; 0: there is none."""
+        st = self._st
+        return st.path_key if st.may_write and st.unregistered is None else 0
 
     def _judge_afresh_unless_looking(self) -> None:
         st = self._st
@@ -56,20 +70,27 @@ class Beating:
             st.admissions.forget()
 
     # -- answers -----------------------------------------------------------------------------
+    def written(self, key: int, sent_at: float) -> None:
+        """A heartbeat sent then, or later, on the session with that key is on the LUN."""
+        st = self._st
+        if sent_at > st.now:
+            raise MembershipViolation(f"a heartbeat that is to be sent at {sent_at} is written")
+        if not key or key != st.path_key:
+            return
+        self._wrote_at = st.now
+        self.renew(sent_at)
+        office, since = self._office
+        if st.in_office and key == office and sent_at >= since:
+            st.given.wrote(sent_at)
+
+    def failed(self, key: int) -> None:
+        """The session with that key is closed."""
+        if key and key == self._st.path_key:
+            self._st.lose_path()
+
     def done(self, op: int, outcome: Outcome) -> bool:
         """Take an answer; False if it is none of these."""
         st = self._st
-        if self._write is not None and self._write[0] == op:
-            _, sent_at, session, in_office = self._write
-            self._write = None
-            if isinstance(outcome, Good):
-                self._wrote_at = st.now
-                self.renew(sent_at)
-                if in_office and st.in_office and session == st.session:
-                    st.given.wrote(sent_at)
-            else:
-                self._lost(session)
-            return True
         if self._read is not None and self._read[0] == op:
             session = self._read[1]
             self._read = None

@@ -55,6 +55,8 @@ class Beats:
     def __init__(self, listen: Address, cluster_id: bytes) -> None:
         """Raises OSError if the address cannot be had."""
         self.counts = BeatCounts()
+        self.on_install: Callable[[bytes, tuple[Address, ...]], None] | None = None
+        """Told the same as `install`."""
         self._cluster_id = cluster_id
         self._secret: bytes | None = None
         self._targets: tuple[Address, ...] = ()
@@ -73,6 +75,8 @@ class Beats:
         """From now on with this secret, to these addresses."""
         self._secret = secret
         self._targets = tuple(targets)
+        if self.on_install is not None:
+            self.on_install(secret, self._targets)
 
     def send(self, heartbeat: Heartbeat) -> None:
         """To everybody, without waiting. Nothing before the first `install`."""
@@ -117,6 +121,10 @@ class Beats:
             return None
         self.counts.heard += 1
         return heartbeat
+
+    def fileno(self) -> int:
+        """The socket's."""
+        return self._socket.fileno()
 
     def close(self) -> None:
         """The socket is given back."""

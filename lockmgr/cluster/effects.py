@@ -80,7 +80,9 @@ class ReadBlocks:
 
 @dataclass(frozen=True, slots=True)
 class WriteHeartbeat:
-    """On the control session: Good(None) when it is on the LUN."""
+    """On the control session: Good(None) when it is on the LUN. No member asks for it: whoever
+    carries out its `Beat` does, of the arbiter, and says how it ended by `HeartbeatWritten` or
+    `HeartbeatFailed`. Its ``op`` is 0."""
 
     op: int
     heartbeat: Heartbeat
@@ -161,7 +163,6 @@ IoEffect = (
     | OpenPaths
     | Survey
     | ReadBlocks
-    | WriteHeartbeat
     | WriteJoin
     | WriteView
     | Take
@@ -170,6 +171,8 @@ IoEffect = (
     | Unregister
     | Knock
 )
+AnyIo = IoEffect | WriteHeartbeat
+"""Also what a member does not ask for itself."""
 
 
 # -- effects: network --------------------------------------------------------------------------
@@ -184,9 +187,17 @@ class SendTo:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A datagram to every listed node."""
+    """Show this life: by a datagram to every listed node and, on the control session with ``key``,
+    by writing it into the own heartbeat block (0: not at all).
+
+    Whoever carries it out may go on showing it every ``heartbeat_s`` on its own, under growing
+    sequence numbers, until the next one, or until `Member.heartbeat_key` is another; but only while
+    the daemon is known to be alive (`lockmgr.cluster.pulse`). At most one write is on its way;
+    each ends with `HeartbeatWritten` or `HeartbeatFailed`.
+    """
 
     heartbeat: Heartbeat
+    key: int = 0
 
 
 # -- effects: upwards --------------------------------------------------------------------------

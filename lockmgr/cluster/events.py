@@ -41,6 +41,23 @@ class BeatHeard:
 
 
 @dataclass(frozen=True, slots=True)
+class HeartbeatWritten:
+    """An own heartbeat is on the LUN, written on the control session with that key."""
+
+    key: int
+    sent_at: float
+    """When that write was sent, or earlier; on this node's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatFailed:
+    """The write of a heartbeat on the session with that key was `Refused` or `Unknown`: it is
+    closed."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A message from a peer that a connection has proven to be ``peer``."""
 
@@ -117,6 +134,8 @@ Event = (
     | Tick
     | Done
     | BeatHeard
+    | HeartbeatWritten
+    | HeartbeatFailed
     | Received
     | PeerConnected
     | PeerLost

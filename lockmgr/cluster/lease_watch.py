@@ -10,6 +10,7 @@ between finds its lease over, because CLOCK_BOOTTIME went on.
 from __future__ import annotations
 
 from time import CLOCK_BOOTTIME, clock_gettime
+from typing import Protocol
 
 import trio
 
@@ -17,18 +18,38 @@ from lockmgr.cluster.effects import Stop
 from lockmgr.cluster.errors import ClusterStopped
 
 
-class LeaseWatch:
-    """Told by the cluster's service, asked by everybody else."""
+class Renewer(Protocol):
+    """What may know of renewals before the service does."""
 
-    def __init__(self) -> None:
-        self.until_s = float("-inf")
-        """CLOCK_BOOTTIME."""
+    @property
+    def lease_until_s(self) -> float:
+        """CLOCK_BOOTTIME; -inf: it knows of none."""
+        ...
+
+
+class LeaseWatch:
+    """Told by the cluster's service, asked by everybody else. ``renewer`` (a pulse that confirms
+    its own writes) is asked as well, until the lease is over for good."""
+
+    def __init__(self, renewer: Renewer | None = None) -> None:
+        self._until_s = float("-inf")
+        self._renewer = renewer
         self._stop: Stop | None = None
         self._changed = trio.Event()
 
     def valid(self) -> bool:
         """Whether it runs now."""
-        return clock_gettime(CLOCK_BOOTTIME) < self.until_s
+        now = clock_gettime(CLOCK_BOOTTIME)
+        return now < self._until_s or (
+            self._renewer is not None and now < self._renewer.lease_until_s
+        )
+
+    @property
+    def until_s(self) -> float:
+        """CLOCK_BOOTTIME."""
+        if self._renewer is None:
+            return self._until_s
+        return max(self._until_s, self._renewer.lease_until_s)
 
     async def wait_valid(self) -> None:
         """Return when it runs again. Raises `ClusterStopped` when that will never be."""
@@ -45,12 +66,13 @@ class LeaseWatch:
     # -- what the service says -------------------------------------------------------------------
     def renewed(self, until_s: float) -> None:
         """It runs until then."""
-        self.until_s = max(self.until_s, until_s)
+        self._until_s = max(self._until_s, until_s)
         self._wake()
 
     def stopped(self, stop: Stop) -> None:
         """It is over for good."""
-        self.until_s = float("-inf")
+        self._until_s = float("-inf")
+        self._renewer = None
         self._stop = stop
         self._wake()
 

@@ -35,6 +35,8 @@ from lockmgr.cluster.events import (
     Done,
     Event,
     EvictWanted,
+    HeartbeatFailed,
+    HeartbeatWritten,
     LeaveWanted,
     LocksThawed,
     PathBack,
@@ -97,6 +99,11 @@ class Member:
     @property
     def lease_until(self) -> float:
         return self.state.lease.until
+
+    @property
+    def heartbeat_key(self) -> int:
+        """Of the control session that heartbeats may be written on now; 0: on none."""
+        return self._beating.key if self.stopped is None else 0
 
     def next_timer(self) -> float | None:
         """When the next `Tick` is due; None: before `Start`, and after `Stop`."""
@@ -167,6 +174,10 @@ class Member:
                 self._beating.heard(beat)
                 if st.now >= st.hurry_until:
                     return
+            case HeartbeatWritten(key, sent_at):
+                self._beating.written(key, sent_at)
+            case HeartbeatFailed(key):
+                self._beating.failed(key)
             case Tick():
                 self._tick()
             case Start():

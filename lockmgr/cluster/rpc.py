@@ -215,6 +215,20 @@ class Network:
         """A datagram to every peer."""
         self._beats.send(heartbeat)
 
+    @property
+    def cluster_id(self) -> bytes:
+        """What all nodes have in common."""
+        return self._hello.cluster_id
+
+    @property
+    def beat_socket_fd(self) -> int:
+        """The heartbeat socket, for whoever sends from elsewhere."""
+        return self._beats.fileno()
+
+    def beats_follow(self, told: Callable[[bytes, tuple[Address, ...]], None]) -> None:
+        """Whoever sends heartbeats is told of each `install`: the secret, and where to."""
+        self._beats.on_install = told
+
     async def knock(self, peers: Iterable[Peer], within_s: float = 1.0) -> frozenset[NodeId]:
         """Those that prove, at one of their addresses, that they live. They need not know this
         node; it need not have them installed."""

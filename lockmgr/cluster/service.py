@@ -32,8 +32,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from typing import Any, Final, cast, get_args
 import trio
 
 from lockmgr.cluster import effects, events
-from lockmgr.cluster.arbiter import Arbiter, ArbiterEffect
+from lockmgr.cluster.arbiter import Arbiter
 from lockmgr.cluster.blocks import Identity
 from lockmgr.cluster.boottime import boottime, deadline_at
 from lockmgr.cluster.certificates import Credentials
@@ -59,7 +59,7 @@ from lockmgr.cluster.obituary import remove_obituary, write_obituary
 from lockmgr.cluster.outcomes import Blocks, Good, Knocked, Opened, Outcome, Surveyed
 from lockmgr.cluster.peer_book import Acquaintance, PeerBook
 from lockmgr.cluster.peers import Address
-from lockmgr.cluster.pulse import Pulse
+from lockmgr.cluster.pulse import Pulse, PulseWiring, PythonPulse
 from lockmgr.cluster.rpc import Network, open_network
 from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.status import ClusterStatus, Hearing, nodes_in
@@ -99,13 +99,15 @@ async def open_cluster(
     network_settings: NetworkSettings | None = None,
     registry: Registry | None = None,
     obituary: Path | None = None,
+    make_pulse: Callable[[PulseWiring], Pulse] = PythonPulse,
     software: str = "",
 ) -> AsyncIterator[Cluster]:
     """Be a newcomer, then a member. ``identity`` must have the fingerprint and the certificate of
     ``credentials``; without addresses it gets the one that the network listens at (port 0 of
     ``listen``: any that is free). ``cluster_id``: 16 bytes that all nodes have in common.
     ``obituary``: the file for the supervisor, see `lockmgr.cluster.obituary`. ``registry``: a
-    `connection_registry` with the messages of the layers above.
+    `connection_registry` with the messages of the layers above. ``make_pulse``: what sends the
+    heartbeats (`lockmgr.cluster.pulse`).
 
     Raises OSError if the address cannot be had. What ends the tasks comes as an exception group.
     """
@@ -138,10 +140,12 @@ async def open_cluster(
             on_effect,
             on_network,
             partial(write_obituary, obituary, cluster_id, credentials) if obituary else None,
+            make_pulse,
         )
         told.append(cluster._network_told)
         nursery.start_soon(cluster._run)
         nursery.start_soon(cluster._find_certificates)
+        nursery.start_soon(cluster._pulse.run, cluster._give)
         try:
             yield cluster
             if cluster.stopped is not None:
@@ -167,8 +171,8 @@ class Cluster:
         on_effect: Callable[[UpwardEffect], None],
         on_network: Callable[[NetworkEvent], bool],
         write_obituary: Callable[[Acquaintance], None] | None,
+        make_pulse: Callable[[PulseWiring], Pulse],
     ) -> None:
-        self.lease = LeaseWatch()
         self.address = network.address
         """Where this node listens."""
         self._member = member
@@ -180,7 +184,17 @@ class Cluster:
         self._on_effect = on_effect
         self._on_network = on_network
         self._write_obituary = write_obituary
-        self._pulse = Pulse(network.beat, arbiter.carry_out)
+        self._pulse = make_pulse(
+            PulseWiring(
+                network.cluster_id,
+                network.beat_socket_fd,
+                settings,
+                network.beat,
+                self._write_heartbeat,
+            )
+        )
+        network.beats_follow(self._pulse.install)
+        self.lease = LeaseWatch(self._pulse)
         self._hearing = Hearing()
         self._inputs: deque[events.Event] = deque()
         self._news = trio.Event()
@@ -356,6 +370,7 @@ class Cluster:
         before = (self.me, self.view, self.stopped)
         for effect in self._member.step(event, boottime()):
             self._carry_out(effect)
+        self._pulse.follow(self._member.heartbeat_key)
         if self.me is not None:
             self._book.is_listed_as(self.me)
         self._make_known()
@@ -367,6 +382,7 @@ class Cluster:
         """Nothing steps the member any more: whoever waits for something is told."""
         if self.stopped is None:
             self._ended = Stop(StopReason.CANNOT_GO_ON, "this node ends without having left")
+            self._pulse.stop()
             self.lease.stopped(self._ended)
             self._changed.set()
 
@@ -379,7 +395,6 @@ class Cluster:
                 self._hearing.heard(heartbeat, boottime())
                 self._pulse.beat(effect)
             case _ if type(effect) in _IO:
-                self._io += 1
                 self._nursery.start_soon(self._answer, cast("IoEffect", effect))
             case _:
                 self._tell_upwards(cast("UpwardEffect", effect))
@@ -393,22 +408,34 @@ class Cluster:
             case effects.LeaseUntil(until_s):
                 self.lease.renewed(until_s)
             case Stop(reason, words):
+                self._pulse.stop()
                 self.lease.stopped(effect)
                 level = logging.INFO if reason is StopReason.LEFT else logging.ERROR
                 log.log(level, "this node stops (%s): %s", reason.value, words)
         self._on_effect(effect)
 
+    async def _write_heartbeat(self, effect: effects.WriteHeartbeat) -> Outcome:
+        with self._counted():
+            return await self._arbiter.carry_out(effect)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """An I/O."""
+        self._io += 1
+        yield
+        self._io -= 1
+        if not self._io:
+            self._idle.set()
+
     async def _answer(self, effect: IoEffect) -> None:
         """Carry out an I/O, and say how it ended."""
         if isinstance(effect, effects.OpenNewcomer):
             self._book.asks_as(effect.key)
-        outcome = await self._perform(effect)
-        if isinstance(outcome, Good):
-            self._learn(outcome.value)
-        self._give(events.Done(effect.op, outcome))
-        self._io -= 1
-        if not self._io:
-            self._idle.set()
+        with self._counted():
+            outcome = await self._perform(effect)
+            if isinstance(outcome, Good):
+                self._learn(outcome.value)
+            self._give(events.Done(effect.op, outcome))
 
     async def _perform(self, effect: IoEffect) -> Outcome:
         match effect:
@@ -417,10 +444,8 @@ class Cluster:
                 self._book.learn(self._arbiter.certificates)
                 answered = await self._network.knock(self._book.to_knock_at(nodes))
                 return Good(Knocked(answered))
-            case effects.WriteHeartbeat():
-                return await self._pulse.write(effect)
             case _:
-                return await self._arbiter.carry_out(cast("ArbiterEffect", effect))
+                return await self._arbiter.carry_out(effect)
 
     def _learn(self, value: Any) -> None:
         match value:

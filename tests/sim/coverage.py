@@ -23,7 +23,7 @@ class Coverage:
             name = f"send {type(effect.message).__name__}"
         self.reached[name] += 1
 
-    def outcome(self, effect: effects.IoEffect, outcome: Any) -> None:
+    def outcome(self, effect: effects.AnyIo, outcome: Any) -> None:
         """An I/O has ended."""
         what = type(outcome).__name__
         if isinstance(outcome, Good) and type(outcome.value).__name__ in _CONTESTS:

@@ -78,6 +78,8 @@ class Daemon:
         self.locking = Locking(self)
         self._timer_at = float("inf")
         self._tick_missed = False
+        self._writing = False
+        """A heartbeat is on its way to its block."""
         self._leaving = False
         self.has_left = False
 
@@ -254,6 +256,29 @@ class Daemon:
         self.world.after(delay_s, self.process.deliver, self.step, events.Done(effect.op, outcome))
 
     def _beat(self, effect: effects.Beat) -> None:
+        self._send_beat(effect)
+        if effect.key and not self._writing:
+            self._writing = True
+            self.do(self._write_beat, effects.WriteHeartbeat(0, effect.heartbeat))
+
+    def _write_beat(self, effect: effects.WriteHeartbeat) -> None:
+        """On the control session of this moment."""
+        key, sent_at, control = self.member.heartbeat_key, self.now, self.paths.control
+        if control is None or control.key != key:
+            self._writing = False
+            return
+
+        def done(outcome: Outcome) -> None:
+            self._writing = False
+            self.cluster.coverage.outcome(effect, outcome)
+            if isinstance(outcome, Good):
+                self.step(events.HeartbeatWritten(key, sent_at))
+            else:
+                self.step(events.HeartbeatFailed(key))
+
+        self.process.start(self.paths.carry_out(effect), done)
+
+    def _send_beat(self, effect: effects.Beat) -> None:
         view = self.known
         if view is None:
             return
@@ -349,9 +374,9 @@ class Daemon:
 _QUIET = {
     events.Tick,
     events.BeatHeard,
+    events.HeartbeatWritten,
     effects.Beat,
     effects.ReadBlocks,
-    effects.WriteHeartbeat,
     effects.LeaseUntil,
 }
 

@@ -52,7 +52,7 @@ def _expected() -> Iterator[str]:
     for effect in get_args(effects.Effect):
         if effect is not effects.SendTo:
             yield effect.__name__
-    for effect in get_args(effects.IoEffect):
+    for effect in get_args(effects.AnyIo):
         contest = effect in (effects.Take, effects.Reserve)
         yield from (f"{effect.__name__} -> {end}" for end in ("Won", "Lost") if contest)
         if not contest:

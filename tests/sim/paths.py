@@ -134,7 +134,7 @@ class Paths:
         return registration
 
     # -- effects ---------------------------------------------------------------------------
-    async def carry_out(self, effect: effects.IoEffect) -> Outcome:
+    async def carry_out(self, effect: effects.AnyIo) -> Outcome:
         """Do it, and say how it ended."""
         registration = self.control or self.newcomer
         try:

@@ -116,7 +116,7 @@ class Node:
     told: list[tuple[str, tuple[int, ...]]]
     identity: Identity
 
-    async def do(self, effect: effects.IoEffect) -> Outcome:
+    async def do(self, effect: effects.AnyIo) -> Outcome:
         self.arbiter.check()
         outcome = await self.arbiter.carry_out(effect)
         self.arbiter.check()

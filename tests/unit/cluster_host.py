@@ -6,10 +6,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from lockmgr.cluster.blocks import Identity
-from lockmgr.cluster.effects import Effect, IoEffect, Stop
-from lockmgr.cluster.events import Done, Event, Tick
+from lockmgr.cluster.effects import AnyIo, Beat, Effect, Stop, WriteHeartbeat
+from lockmgr.cluster.events import Done, Event, HeartbeatFailed, HeartbeatWritten, Tick
 from lockmgr.cluster.member import Member
 from lockmgr.cluster.messages import Message
+from lockmgr.cluster.outcomes import Good
 from lockmgr.cluster.view import NodeId
 from tests.unit.cluster_lun import KEYS, Session
 
@@ -37,11 +38,16 @@ class Host:
         self.frozen = False
         self.dead = False
         self.inbox: list[Event] = []
-        self.log: list[tuple[float, Effect]] = []
+        self.log: list[tuple[float, Effect | WriteHeartbeat]] = []
         self.epoch_of_locks = -1
-        self.outstanding: dict[int, IoEffect] = {}
+        self.outstanding: dict[int, AnyIo] = {}
         self.unanswered: set[int] = set()
         """Ops whose session broke: their answer is `Unknown`, whatever the target says."""
+        self.writing: dict[int, tuple[int, float]] = {}
+        """The heartbeat that is being written: its op, the session's key, when it was sent."""
+        self._writes = 0
+        self.writes_itself = True
+        """False: the test says what is written."""
         self.sent: list[tuple[float, NodeId, Message]] = []
         self.ready: list[int] = []
         """Keys of the control sessions whose paths were said to be ready."""
@@ -62,7 +68,7 @@ class Host:
     def epoch(self) -> int:
         return self.member.view.epoch if self.member.view else 0
 
-    def when(self, kind: type[Effect], node: NodeId | None = None) -> list[float]:
+    def when(self, kind: type[Effect | WriteHeartbeat], node: NodeId | None = None) -> list[float]:
         """Seconds since the world began at which such an effect came."""
         return [
             round(t - BEGIN_S, 3)
@@ -86,11 +92,27 @@ class Host:
             if event.op not in self.outstanding:
                 return  # its session broke, which was said already
             del self.outstanding[event.op]
+            if event.op in self.writing:
+                event = self._wrote(event)
         effects = self.member.step(event, self.world.now)
         self.member.check()
         for effect in effects:
             self.world.carry_out(self, effect)
         self.world.set_tick(self)
+
+    # -- its heartbeats --------------------------------------------------------------------------
+    def write(self, beat: Beat) -> WriteHeartbeat | None:
+        """What is to be written of it, unless a write is on its way."""
+        if not beat.key or self.writing or not self.writes_itself:
+            return None
+        self._writes += 1
+        self.writing[-self._writes] = (beat.key, self.world.now)
+        return WriteHeartbeat(-self._writes, beat.heartbeat)
+
+    def _wrote(self, done: Done) -> Event:
+        key, sent_at = self.writing.pop(done.op)
+        good = isinstance(done.outcome, Good)
+        return HeartbeatWritten(key, sent_at) if good else HeartbeatFailed(key)
 
     def sessions(self) -> list[Session]:
         return [s for s in (self.newcomer, self.control, self.data) if s is not None]

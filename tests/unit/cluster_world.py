@@ -15,13 +15,13 @@ from functools import partial
 
 from lockmgr.cluster.blocks import Heartbeat
 from lockmgr.cluster.effects import (
+    AnyIo,
     Beat,
     CloseSessions,
     DepartedMayBeGranted,
     DropNewcomer,
     Effect,
     Fence,
-    IoEffect,
     Knock,
     LeaseUntil,
     OpenNewcomer,
@@ -219,13 +219,16 @@ class World:
                 host.give(PathLost(keys))
 
     # -- effects -------------------------------------------------------------------------------
-    def carry_out(self, host: Host, effect: Effect) -> None:
+    def carry_out(self, host: Host, effect: Effect | WriteHeartbeat) -> None:
         match effect:
             case SendTo(peer, message):
                 self._send(host, peer, message)
                 return
             case Beat(beat):
                 self._beat(host, beat)
+                write = host.write(effect)
+                if write is not None:
+                    self.carry_out(host, write)
                 return
         host.log.append((self.now, effect))
         match effect:
@@ -295,7 +298,7 @@ class World:
                 self.at(self.now + NETWORK_S, partial(other.give, BeatHeard(beat)))
 
     # -- I/O -----------------------------------------------------------------------------------
-    def _io(self, host: Host, effect: IoEffect) -> None:
+    def _io(self, host: Host, effect: AnyIo) -> None:
         seconds = FENCE_S if isinstance(effect, Fence) else IO_S
 
         session = host.control or host.newcomer
@@ -311,7 +314,7 @@ class World:
         else:
             self.at(self.now + seconds / 2, land)
 
-    def _do(self, host: Host, session: Session | None, effect: IoEffect) -> Outcome | None:
+    def _do(self, host: Host, session: Session | None, effect: AnyIo) -> Outcome | None:
         """At the target; None: no answer for now."""
         if host.dead:
             return None
@@ -369,7 +372,7 @@ class World:
             and (host.name, other.name) not in self.cuts
         ]
 
-    def _command(self, host: Host, session: Session, effect: IoEffect) -> Value:
+    def _command(self, host: Host, session: Session, effect: AnyIo) -> Value:
         lun = self.lun
         match effect:
             case Survey():

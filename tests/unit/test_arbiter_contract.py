@@ -436,7 +436,7 @@ async def test_take() -> None:
     ],
 )
 async def test_what_changes_registrations_is_never_sent_again(
-    effect: effects.IoEffect, op: Op, landed: bool
+    effect: effects.AnyIo, op: Op, landed: bool
 ) -> None:
     async with open_bench() as bench, bench.arbiter() as node, bench.arbiter("beta") as beta:
         await bench.admit(NODE, NodeId(2, 1))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from lockmgr.cluster.effects import Fence, OpenPaths, PathsReady, WriteHeartbeat
+from lockmgr.cluster.effects import Beat, Fence, OpenPaths, PathsReady
 from lockmgr.cluster.errors import MembershipViolation
-from lockmgr.cluster.events import Done, EvictWanted, PathLost, Received, Tick
+from lockmgr.cluster.events import Done, EvictWanted, HeartbeatFailed, PathLost, Received, Tick
 from lockmgr.cluster.messages import KEYS_PER_MESSAGE, FenceAsked, Fenced
-from lockmgr.cluster.outcomes import Refused
 from tests.unit.cluster_host import Host
 from tests.unit.cluster_lun import KEYS
 from tests.unit.cluster_world import FENCE_S, World
@@ -285,8 +284,8 @@ def test_new_paths_without_a_word_about_the_old_ones() -> None:
     due = member.next_timer()
     assert due is not None
     effects = member.step(Tick(), due)
-    beat = next(effect for effect in effects if isinstance(effect, WriteHeartbeat))
-    effects = member.step(Done(beat.op, Refused()), due)
+    beat = next(effect for effect in effects if isinstance(effect, Beat))
+    effects = member.step(HeartbeatFailed(beat.key), due)
     opening = next(e for e in effects if isinstance(e, OpenPaths))
     outcome = world.open_without_a_word(hosts[1], hosts[1].node)
     with pytest.raises(MembershipViolation, match="before PathLost has named"):
