@@ -43,6 +43,8 @@ def mount(
     Example: csvctl mount iscsi://10.0.0.5/iqn.2026-11.org.example:vms/1 /srv/vms \
     --cluster-address 10.1.0.1
 
+    fcntl and flock locks, QEMU's image locks among them, do not cross hosts yet.
+
     CHAP users and passwords are read from /etc/csvfs/credentials (mode 0600), one a line:
     TARGET-IQN USER PASSWORD.
     """
