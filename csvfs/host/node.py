@@ -133,10 +133,9 @@ class ClusterNode:
         while True:
             self._recover_kick = trio.Event()
             while self._to_recover:
-                slot = self._to_recover[0]
+                slot = self._to_recover.pop(0)
                 self._told(f"finishing what slot {slot} left undone")
                 await volume.recover(slot)
-                self._to_recover.remove(slot)
             if not started:
                 started = True
                 task_status.started()
