@@ -285,7 +285,7 @@ class Flow:
         retained.forget(mark)
 
     def _leave(self, session: DataSession, why: str) -> None:
-        log.warning("the data session is lost: %s", why)
+        log.info("the data session is lost: %s", why)  # who closed it says what people must know
         self.session = self.flowing = None
         self._proven = False
         self._earlier.append(session)

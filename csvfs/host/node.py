@@ -235,8 +235,10 @@ class ClusterNode:
         self._started.set()
 
     def _on_silent_holder(self, number: int, words: str) -> None:
-        node = NodeId(*slot_and_incarnation(number))
-        if node != self._cluster.me or self._cluster.lease.valid():
+        """Said again as long as it is so. Of two hosts that do not hear each other either may be the
+        one that is cut off: that is for the judge, who sees all of them."""
+        node, cluster = NodeId(*slot_and_incarnation(number)), self._cluster
+        if cluster.lease.valid() if node == cluster.me else cluster.hears(node):
             self._on_unresponsive(node, words)
 
     def _on_unresponsive(self, node: NodeId, words: str) -> None:

@@ -3,6 +3,9 @@
     umount(8), csvctl umount, SIGTERM   the kernel ends the session; `Serving.run` returns
     a second SIGTERM, a failed volume   the connection is aborted; every user gets ENOTCONN
 
+After a failure nobody waits for what requests wait for, which may never come (a lock that another
+host had granted, had it not evicted this one): they are cancelled. The volume stops as in a crash.
+
 SIGTERM asks: while files are open the directory is only detached (umount2(2) MNT_DETACH), and the
 mount serves on until the last is closed, because a guest's disk must not vanish under it. Who sends
 a second one insists.
@@ -43,6 +46,8 @@ class Serving:
         self._options = options
         self._connection: Connection | None = None
         self._stops = 0
+        self._session = trio.CancelScope()
+        """Around everything that answers requests."""
         self.failure = ""
         """Why the connection was aborted; empty while it was not."""
 
@@ -55,7 +60,8 @@ class Serving:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._answers, on_ready)
-                await serve()
+                with self._session:
+                    await serve()
                 nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=True)
@@ -105,7 +111,7 @@ class Serving:
         """What SIGTERM asks for; see the module's text."""
         self._stops += 1
         if self._stops > 1:
-            self.fail("a second SIGTERM: files that are open get errors")
+            self._abort("a second SIGTERM: files that are open get errors")
             return
         try:
             await self.unmount()
@@ -120,7 +126,11 @@ class Serving:
             pass
 
     def fail(self, reason: str) -> None:
-        """Abort the connection: nothing is answered any more. `run` returns soon."""
+        """The volume has failed: nothing is answered any more. `run` returns at once."""
+        self._abort(reason)
+        self._session.cancel()
+
+    def _abort(self, reason: str) -> None:
         if self.failure:
             return
         self.failure = reason

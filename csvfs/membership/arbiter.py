@@ -141,6 +141,10 @@ class LunArbiter:
         """Watch the sessions, until cancelled; then all are dropped, and stay registered."""
         await self._sessions.run(task_status=task_status)
 
+    def expect_end(self) -> None:
+        """This node is about to leave: a successor's PREEMPT closes its paths."""
+        self._sessions.leaving = True
+
     async def aclose(self) -> None:
         """Log out everywhere, for good; what is registered stays so ("parked")."""
         await self._sessions.aclose()

@@ -67,6 +67,8 @@ class Sessions:
         self.restarted = False
         """When the present paths were opened: the target had forgotten earlier ones."""
         self.ended = False
+        self.leaving = False
+        """The paths will be closed by others, and that is as it should be."""
         self.control_lun = lun.with_patience(CONTROL_PATIENCE_S)
         """For small I/O, and for fences: the first login on it has the own InitiatorName."""
         self._newcomer_port = choose_port(initiator_name, rng)
@@ -227,7 +229,7 @@ class Sessions:
         self.control = self.data = None
         if not dropped:
             return
-        level = logging.INFO if self.ended else logging.WARNING
+        level = logging.INFO if self.ended or self.leaving else logging.WARNING
         _log.log(level, "%s: the paths are closed: %s", self.lun.url, why)
         for registration in dropped:
             registration.device.on_lost = None
@@ -279,10 +281,16 @@ class Sessions:
         """
         answer = await patiently(device.read_keys)
         gone = self._known_keys - set(answer.keys)
-        if gone or answer.generation < self._known_generation:
-            if not self._saw_restart and gone:
-                words = ", ".join(key_words(key) for key in sorted(gone))
-                _log.warning("%s: the target does not know %s any more", self.lun.url, words)
+        went_back = answer.generation < self._known_generation
+        if gone or went_back:
+            if not self._saw_restart:
+                words = ", ".join(key_words(key) for key in sorted(gone)) or "no key"
+                if went_back:
+                    _log.warning(
+                        "%s: the target has started again, and forgot %s", self.lun.url, words
+                    )
+                else:
+                    _log.info("%s: the target does not know %s any more", self.lun.url, words)
             self._saw_restart = True
         self._known_generation = answer.generation
 

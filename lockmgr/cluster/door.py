@@ -21,6 +21,10 @@ from lockmgr.cluster.network_settings import NetworkSettings
 
 LINES_AT_ONCE: Final = 20
 LINES_A_SECOND: Final = 1.0
+EARLY_S: Final = 5.0
+"""A node that dials may be ahead of this one's view by as much; then a human should look."""
+NEW_ROW_S: Final = 30.0
+ADDRESSES: Final = 256
 TOO_MANY: Final = "too many connections have not said who they are"
 
 log = logging.getLogger("lockmgr.network")
@@ -92,6 +96,24 @@ class LineLimit:
         return f" ({suppressed} more like this were not logged)" if suppressed else ""
 
 
+class EarlyBirds:
+    """Addresses from which somebody came lately who is not believed, perhaps not yet."""
+
+    def __init__(self) -> None:
+        self._visits: dict[str, tuple[float, float]] = {}
+        """The first and the last one of a row."""
+
+    def is_early(self, source: str, now: float) -> bool:
+        """Somebody comes from there. False: has come for so long that no view is on its way."""
+        first, last = self._visits.pop(source, (now, now))
+        if now - last > NEW_ROW_S:
+            first = now
+        while len(self._visits) >= ADDRESSES:
+            del self._visits[next(iter(self._visits))]
+        self._visits[source] = first, now
+        return now - first < EARLY_S
+
+
 class Door:
     """Greets whoever comes, and hands over who is known."""
 
@@ -106,6 +128,7 @@ class Door:
         self._serve = serve
         self._strangers = Strangers(settings)
         self._lines = LineLimit()
+        self._early = EarlyBirds()
 
     async def listen(self, listeners: list[trio.SocketListener], nursery: trio.Nursery) -> None:
         """Until cancelled; each connection is a task of the nursery."""
@@ -126,7 +149,8 @@ class Door:
                     connection = await self._greeter.incoming(stream)
         except GreetingFailed as error:
             words = str(error)
-            level = logging.INFO if error.left else logging.WARNING
+            early = error.unknown and self._early.is_early(source, trio.current_time())
+            level = logging.INFO if error.left or early else logging.WARNING
         if connection is not None:
             await self._serve(connection)
             return

@@ -24,11 +24,13 @@ from lockmgr.cluster.wire import Hello, WireLink
 class GreetingFailed(Exception):
     """In words; the TCP connection is closed."""
 
-    def __init__(self, words: str, *, left: bool = False) -> None:
+    def __init__(self, words: str, *, left: bool = False, unknown: bool = False) -> None:
         """``left``: the other side has gone away by itself, as one does that dials and is
-        connected the other way meanwhile."""
+        connected the other way meanwhile. ``unknown``: it has a certificate, but not one that is
+        believed; a node may dial before the view that lists it has come here."""
         super().__init__(words)
         self.left = left
+        self.unknown = unknown
 
 
 class Greeter:
@@ -100,7 +102,9 @@ async def _shake_hands(tls: trio.SSLStream[trio.SocketStream]) -> None:
     except trio.BrokenResourceError as error:
         await trio.aclose_forcefully(tls)
         if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-            raise GreetingFailed("its certificate is not one that this node believes") from None
+            raise GreetingFailed(
+                "its certificate is not one that this node believes", unknown=True
+            ) from None
         if _has_left(error):
             raise GreetingFailed("it closed the connection", left=True) from None
         raise GreetingFailed(f"no TLS 1.3 handshake: {cause_of(error)}") from None

@@ -100,6 +100,11 @@ class Member:
     def lease_until(self) -> float:
         return self.state.lease.until
 
+    def hears(self, node: NodeId, now: float) -> bool:
+        """Whether this node and that one have heard each other of late."""
+        judge, me = self.state.judge, self.node
+        return judge is not None and me is not None and judge.has_met(node, (me,), now)
+
     @property
     def heartbeat_key(self) -> int:
         """Of the control session that heartbeats may be written on now; 0: on none."""

@@ -154,6 +154,10 @@ async def open_cluster(
                     remove_obituary(obituary)
         finally:
             cluster._end()
+            if (
+                obituary is not None and cluster.is_evicted
+            ):  # then the others know more than it says
+                remove_obituary(obituary)
         nursery.cancel_scope.cancel()
 
 
@@ -230,6 +234,11 @@ class Cluster:
         return self._member.stopped or self._ended
 
     @property
+    def is_evicted(self) -> bool:
+        """The others have gone on without this node."""
+        return self.stopped is not None and self.stopped.reason is StopReason.EVICTED
+
+    @property
     def lease_until(self) -> float:
         """CLOCK_BOOTTIME; -inf: there is none."""
         return self.lease.until_s
@@ -286,6 +295,11 @@ class Cluster:
             beats_heard=counts.heard,
             beats_bad=counts.bad,
         )
+
+    def hears(self, node: NodeId) -> bool:
+        """Whether datagrams pass between this node and ``node``, both ways. If not, it is not for
+        its slowness that it answers nothing, and the judge sees to who stays."""
+        return self._member.hears(node, boottime())
 
     # -- what the node says ------------------------------------------------------------------------
     def replayed(self, node: NodeId) -> None:
@@ -401,7 +415,8 @@ class Cluster:
 
     def _tell_upwards(self, effect: UpwardEffect) -> None:
         match effect:
-            case effects.ViewInstalled(view):
+            case effects.ViewInstalled(view, departed=departed):
+                self._tell_departed(view, departed)
                 self._book.goes_by(view)
                 self._hearing.forget_others(view)
                 log.info("view %s: %s", view.epoch, _in_words(view))
@@ -413,6 +428,18 @@ class Cluster:
                 level = logging.INFO if reason is StopReason.LEFT else logging.ERROR
                 log.log(level, "this node stops (%s): %s", reason.value, words)
         self._on_effect(effect)
+
+    def _tell_departed(self, view: View, departed: tuple[effects.Departed, ...]) -> None:
+        for node in (each.node for each in departed if each.needs_replay):
+            replayer = view.slots[node.slot].replay_by
+            name = view.slots[node.slot].node_name or "a node"
+            who = view.slots[replayer].node_name if replayer < len(view.slots) else "nobody yet"
+            log.warning(
+                "%s (%s) is gone without having left: it is fenced; its journal is replayed by %s",
+                name,
+                node,
+                who,
+            )
 
     async def _write_heartbeat(self, effect: effects.WriteHeartbeat) -> Outcome:
         with self._counted():

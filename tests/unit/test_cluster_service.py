@@ -150,12 +150,25 @@ async def test_who_is_cut_off_goes(tmp_path: Path) -> None:
         hosts = await world.start("a", "b", "c")
         alone = coordinator_of(*hosts)
         stay = [host for host in hosts if host is not alone]
+        await until(lambda: _hear_each_other(alone, *stay))
         alone.cable.cut()
+        node = alone.node
+        await until(lambda: not any(alone.cluster.hears(host.node) for host in stay))
+        await until(lambda: not any(host.cluster.hears(node) for host in stay))
+        assert _hear_each_other(*stay)
         await until(lambda: alone.stopped is not None)
         assert alone.stopped is not None and alone.stopped.reason is StopReason.EVICTED
         assert not alone.cluster.lease.valid()
+        alone.kill()
+        await until(lambda: not alone.obituary.exists())  # the others know already
         await until(lambda: all(host.sees_active(*stay) for host in stay))
         coordinator_of(*stay)
+
+
+def _hear_each_other(*hosts: Host) -> bool:
+    return all(
+        host.cluster.hears(other.node) for host in hosts for other in hosts if other is not host
+    )
 
 
 async def test_a_short_cut_costs_nothing(tmp_path: Path) -> None:

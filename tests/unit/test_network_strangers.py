@@ -23,7 +23,14 @@ from lockmgr.cluster.certificates import (
     load_own,
     make_credentials,
 )
-from lockmgr.cluster.door import LINES_AT_ONCE, LineLimit
+from lockmgr.cluster.door import (
+    ADDRESSES,
+    EARLY_S,
+    LINES_AT_ONCE,
+    NEW_ROW_S,
+    EarlyBirds,
+    LineLimit,
+)
 from lockmgr.cluster.link_messages import Chosen, connection_registry
 from lockmgr.cluster.messages import AskLease
 from lockmgr.cluster.network_events import Arrived, Connected, Lost
@@ -79,6 +86,11 @@ async def still_works(one: Node, two: Node) -> None:
     two.network.send(one.name, AskLease(5))
     await until(lambda: one.messages(two) == [AskLease(5)])
     assert not one.of(Lost)
+
+
+@pytest.fixture(autouse=True)
+def every_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lockmgr.network")
 
 
 def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -301,6 +313,19 @@ def test_line_limit() -> None:
     assert [limit.allow(100.0) for _ in range(7)] == [None] * 7
     assert limit.allow(101.5) == " (7 more like this were not logged)"
     assert limit.allow(90.0) is None
+
+
+def test_who_dials_before_the_view_has_come_is_nothing_to_look_at() -> None:
+    birds = EarlyBirds()
+    assert birds.is_early("10.0.0.1", 100.0)
+    assert birds.is_early("10.0.0.1", 100.0 + EARLY_S / 2)
+    assert not birds.is_early("10.0.0.1", 100.0 + EARLY_S)
+    assert birds.is_early("10.0.0.2", 100.0 + EARLY_S)
+    assert not birds.is_early("10.0.0.1", 100.0 + NEW_ROW_S)
+    assert birds.is_early("10.0.0.1", 101.0 + 2 * NEW_ROW_S), "another row"
+    for number in range(2 * ADDRESSES):
+        birds.is_early(f"10.1.0.{number}", 200.0)
+    assert birds.is_early("10.0.0.2", 200.0), "forgotten: their number is bounded"
 
 
 # -- members that do wrong ---------------------------------------------------------------------
