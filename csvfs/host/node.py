@@ -235,7 +235,7 @@ class ClusterNode:
         self._started.set()
 
     def _on_silent_holder(self, number: int, words: str) -> None:
-        """Said again as long as it is so. Of two hosts that do not hear each other either may be the
+        """Said again as long as it is so. Of two that do not hear each other either may be the
         one that is cut off: that is for the judge, who sees all of them."""
         node, cluster = NodeId(*slot_and_incarnation(number)), self._cluster
         if cluster.lease.valid() if node == cluster.me else cluster.hears(node):
