@@ -14,7 +14,8 @@ START ?= 0
 SEED ?= $(shell shuf -i 1-999999 -n 1)
 
 # Build: what the native extension and pyfuse3 compile against. Run: mount, target, guest, workloads.
-BUILD_PACKAGES := gcc pkg-config python3-dev python3-venv libiscsi-dev libfuse3-dev
+BUILD_PACKAGES := gcc pkg-config python3-dev python3-venv libiscsi-dev libfuse3-dev \
+	libssl-dev
 RUN_PACKAGES := fuse3 tgt fio qemu-system-x86 qemu-utils sqlite3 attr acl procps util-linux \
 	git e2fsprogs busybox-static cpio syslinux syslinux-common mtools dosfstools systemd
 

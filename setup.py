@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("redirector/native")
+SOURCES = ["session.c", "login.c", "issue.c", "silence.c", "answer.c", "pulse.c"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 
 # What is tried, in this order, and the Debian package that brings it.
@@ -27,6 +28,7 @@ NEEDED = [
         "libiscsi-dev",
         "#include <iscsi/iscsi.h>\n#include <iscsi/scsi-lowlevel.h>\n",
     ),
+    ("the headers of OpenSSL", "libssl-dev", "#include <openssl/hmac.h>\n"),
 ]
 
 
@@ -75,13 +77,10 @@ def _extension() -> Extension:
     flags = [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-g"] if sanitizer else []
     return Extension(
         "redirector.native._native",
-        sources=[
-            str(NATIVE / name)
-            for name in ("_native.pyx", "session.c", "login.c", "issue.c", "silence.c", "answer.c")
-        ],
-        depends=[str(NATIVE / name) for name in ("session.h", "internal.h", "queue.h")],
+        sources=[str(NATIVE / name) for name in ("_native.pyx", *SOURCES)],
+        depends=[str(NATIVE / name) for name in ("session.h", "internal.h", "queue.h", "pulse.h")],
         include_dirs=[str(NATIVE)],
-        libraries=["iscsi"],
+        libraries=["iscsi", "crypto"],
         extra_compile_args=["-std=gnu11", "-O2", "-pthread", *WARNINGS, *flags],
         extra_link_args=["-pthread", *flags],
     )

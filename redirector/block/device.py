@@ -39,7 +39,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from redirector.native._native import Completion, Session
 
 Buffer = bytes | bytearray | memoryview
 
@@ -235,6 +238,16 @@ class BlockDevice(BlockIO):
     @abstractmethod
     async def wait_lost(self) -> None:
         """Return as soon as the nexus is lost (at once if it is)."""
+
+    @property
+    def native_session(self) -> Session[Any] | None:
+        """For whoever writes on it from C; None: there is none, or it is lost."""
+        return None
+
+    def refused_elsewhere(self, what: str, completion: Completion) -> None:
+        """The target refused what was sent on the `native_session`: a unit attention, which it
+        tells only once, is raised by the next command here."""
+        del what, completion
 
     async def write_same(self, offset_bytes: int, length_bytes: int, block: Buffer) -> None:
         """WRITE SAME(16): fill the range with one logical block. Only the probe sends it.

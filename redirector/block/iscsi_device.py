@@ -5,6 +5,7 @@ The tasks behind it, and why a caller cannot be cancelled in the middle, stand i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -33,7 +34,7 @@ from redirector.native._native import Completion
 from redirector.native.nexus import Nexus, hold, milliseconds_until
 
 if TYPE_CHECKING:
-    from redirector.native._native import Statistics
+    from redirector.native._native import Session, Statistics
 
 TYPE = ReservationType.EXCLUSIVE_ACCESS_REGISTRANTS_ONLY
 
@@ -61,8 +62,9 @@ class IscsiDevice(BlockDevice):
         nexus.on_lost = self._tell_lost
         self._max_unmap_extents = _MAX_UNMAP_EXTENTS
         self._cache_known = False
-        self._attention: UnitAttention | None = None
-        """Came in answer to a question of ours; its owner learns of it by the next command."""
+        self._attentions: deque[UnitAttention] = deque()
+        """Came in answer to what was not asked by its owner, who learns of them by the next
+        commands, one each."""
 
     # -- life -------------------------------------------------------------------------------------
     @property
@@ -85,6 +87,18 @@ class IscsiDevice(BlockDevice):
     def statistics(self) -> Statistics:
         """Counters of the session. Raises `ValueError` after it ended."""
         return self._nexus.session.statistics()
+
+    # -- what others send on it -------------------------------------------------------------------
+    @property
+    def native_session(self) -> Session[Task] | None:
+        """See `BlockDevice.native_session`."""
+        return None if self._nexus.lost.is_set() or self._nexus.leaving else self._nexus.session
+
+    def refused_elsewhere(self, what: str, completion: Completion) -> None:
+        """See `BlockDevice.refused_elsewhere`."""
+        failure = self._failure(what, completion)
+        if isinstance(failure, UnitAttention):
+            self._attentions.append(failure)
 
     # -- data -------------------------------------------------------------------------------------
     async def read_into(self, offset_bytes: int, buffer: bytearray | memoryview) -> None:
@@ -143,7 +157,7 @@ class IscsiDevice(BlockDevice):
             try:
                 await self._ask_cache(trio.current_time() + _ASK_LIMIT_S, attentions=0)
             except UnitAttention as attention:
-                self._attention = attention
+                self._attentions.append(attention)
 
     async def register_ignoring(self, key: int) -> None:
         """REGISTER AND IGNORE EXISTING KEY."""
@@ -200,9 +214,8 @@ class IscsiDevice(BlockDevice):
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._nexus.lost.is_set() or self._nexus.leaving:
             raise self._unknown(what)
-        if self._attention is not None:
-            attention, self._attention = self._attention, None
-            raise replace(attention, what=what)
+        if self._attentions:
+            raise replace(self._attentions.popleft(), what=what)
         return current_task()
 
     def _unknown(self, what: str) -> OutcomeUnknown:

@@ -5,6 +5,7 @@ the token back when the command has ended: exactly once, and never before. Until
 is pinned (a `bytearray` cannot be resized, a `memoryview` not released) and must not be changed.
 """
 
+from collections.abc import Sequence
 from typing import Generic, TypedDict, TypeVar
 
 T = TypeVar("T")
@@ -129,3 +130,73 @@ class Session(Generic[T]):
         """Tokens that were not given back yet."""
 
     def statistics(self) -> Statistics: ...
+
+class PulseStatistics(TypedDict):
+    sent: int
+    not_sent: int
+    written: int
+    failed: int
+    silences: int
+    gap_s: float
+    gap_most_s: float
+    write_s: float
+    write_most_s: float
+
+class Pulse:
+    """Heartbeats from a thread of their own (see pulse.h). It goes when nobody refers to it, and no
+    session that was ever attached. Nothing here waits."""
+
+    def __init__(
+        self, socket_fd: int, cluster_id: bytes, *, interval_ms: int, alive_ms: int, lease_ms: int
+    ) -> None:
+        """``socket_fd``: a UDP socket, which is duplicated. Raises `OSError`, `ValueError`."""
+
+    def address(self, secret: bytes, targets: Sequence[tuple[str, int]]) -> None:
+        """Send datagrams under this secret, of 32 bytes, to these numeric hosts and ports. Raises
+        `ValueError`."""
+
+    def show(
+        self,
+        *,
+        slot: int,
+        incarnation: int,
+        flags: int,
+        epoch: int,
+        hears: int,
+        block: bytes,
+        now: bool,
+    ) -> None:
+        """What heartbeats say from now on; the first time, and if ``now``, at once. ``block``, of
+        4096 bytes, says the same; version, sequence and checksum are filled in."""
+
+    def stamp(self) -> None:
+        """The owner lives."""
+
+    def attach(self, session: Session[T], key: int, offset_bytes: int) -> bool:
+        """Write the block there from now on, in place of any other session. False: it is lost."""
+
+    def detach(self) -> None:
+        """Write nothing. What is on its way is not told of."""
+
+    @property
+    def writing(self) -> bool:
+        """A write is on its way, on whatever session."""
+
+    def next_sequence(self) -> int:
+        """For a heartbeat that is sent by other means."""
+
+    @property
+    def lease_until_s(self) -> float:
+        """CLOCK_BOOTTIME: ``lease_ms`` after the sending of the last confirmed write; else -inf."""
+
+    def fileno(self) -> int:
+        """Readable when `reap` has something."""
+
+    def reap(self) -> tuple[int, float | None, Completion | None]:
+        """The key of the session; when the last confirmed write since the last call was sent
+        (None: there was none); why it is not written on any more, if a write failed."""
+
+    def stop(self) -> None:
+        """Nothing is sent any more, there is no lease."""
+
+    def statistics(self) -> PulseStatistics: ...

@@ -5,6 +5,7 @@ A request in flight holds a `Py_buffer` (so that the bytes neither move nor go a
 the token of whoever waits for it. Both are given back by `Session.reap`.
 """
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
 )
@@ -12,8 +13,29 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.math cimport INFINITY
+from libc.stdint cimport INT64_MIN, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+cdef extern from "<sys/socket.h>" nogil:
+    ctypedef unsigned int socklen_t
+    struct sockaddr:
+        pass
+    struct sockaddr_storage:
+        pass
+
+
+cdef extern from "<netdb.h>" nogil:
+    struct addrinfo:
+        int ai_flags
+        int ai_socktype
+        socklen_t ai_addrlen
+        sockaddr *ai_addr
+    int AI_NUMERICHOST, AI_NUMERICSERV
+    int getaddrinfo(const char *host, const char *port, const addrinfo *hints, addrinfo **found)
+    void freeaddrinfo(addrinfo *found)
+    int SOCK_DGRAM
 
 
 cdef extern from "session.h" nogil:
@@ -82,6 +104,61 @@ cdef extern from "session.h" nogil:
     void csv_session_free(csv_session *session)
 
 
+cdef extern from "pulse.h" nogil:
+    int CSV_BLOCK_BYTES, CSV_CLUSTER_ID_BYTES, CSV_SECRET_BYTES
+    struct csv_pulse:
+        pass
+    struct csv_pulse_config:
+        int socket
+        uint8_t cluster_id[16]
+        uint32_t interval_ms
+        uint32_t alive_ms
+        uint32_t lease_ms
+    struct csv_life:
+        uint8_t slot
+        uint32_t incarnation
+        uint32_t flags
+        uint64_t epoch
+        uint64_t hears
+    struct csv_target:
+        sockaddr_storage address
+        socklen_t length
+    struct csv_pulse_news:
+        uint64_t written
+        uint64_t key
+        int64_t sent_ns
+        bint failed
+        csv_outcome outcome
+        int status
+        uint32_t residual
+        uint8_t sense_bytes
+        uint8_t sense[96]
+    struct csv_pulse_statistics:
+        uint64_t sent
+        uint64_t not_sent
+        uint64_t written
+        uint64_t failed
+        uint64_t silences
+        int64_t gap_ns
+        int64_t gap_most_ns
+        int64_t write_ns
+        int64_t write_most_ns
+    csv_pulse *csv_pulse_open(const csv_pulse_config *config)
+    void csv_pulse_address(csv_pulse *pulse, const uint8_t *secret, csv_target *targets, size_t n)
+    void csv_pulse_show(csv_pulse *pulse, const csv_life *life, const uint8_t *block, bint now)
+    void csv_pulse_stamp(csv_pulse *pulse)
+    void csv_pulse_attach(csv_pulse *pulse, csv_session *session, uint64_t key, uint64_t lba)
+    void csv_pulse_detach(csv_pulse *pulse, const csv_session *session)
+    bint csv_pulse_writing(csv_pulse *pulse)
+    uint64_t csv_pulse_next_sequence(csv_pulse *pulse)
+    int64_t csv_pulse_lease_ns(const csv_pulse *pulse)
+    int csv_pulse_fd(const csv_pulse *pulse)
+    void csv_pulse_reap(csv_pulse *pulse, csv_pulse_news *news)
+    void csv_pulse_statistics_of "csv_pulse_statistics"(csv_pulse *pulse, csv_pulse_statistics *shown)
+    void csv_pulse_stop(csv_pulse *pulse)
+    void csv_pulse_free(csv_pulse *pulse)
+
+
 cdef struct pinned_request:
     csv_request request  # first: the session hands back its address
     Py_buffer view
@@ -116,8 +193,10 @@ cdef Completion _completion(csv_request *request):
     return completion
 
 
+@cython.no_gc_clear  # `__dealloc__` needs the pulse
 cdef class Session:
     cdef csv_session *_session
+    cdef Pulse _pulse  # that writes on it, or has: it lives longer
     cdef uint32_t _block_bytes
     cdef readonly unsigned int outstanding
 
@@ -165,6 +244,8 @@ cdef class Session:
         if session == NULL:
             return 0
         self._session = NULL  # to other threads it is closed from here on
+        if self._pulse is not None:
+            csv_pulse_detach(self._pulse._pulse, session)
         with nogil:
             csv_session_close(session)
         self._reap_into(session, ended)
@@ -332,4 +413,142 @@ cdef class Session:
             "peak_in_flight": shown.peak_in_flight,
             "window": shown.window,
             "patience_ms": shown.patience_ms,
+        }
+
+
+cdef class Pulse:
+    cdef csv_pulse *_pulse
+
+    def __init__(self, int socket_fd, bytes cluster_id, *, interval_ms, alive_ms, lease_ms):
+        cdef csv_pulse_config config
+        if self._pulse != NULL:
+            raise RuntimeError("the pulse is open already")
+        if len(cluster_id) != CSV_CLUSTER_ID_BYTES:
+            raise ValueError(f"a cluster id has {CSV_CLUSTER_ID_BYTES} bytes")
+        if min(interval_ms, alive_ms, lease_ms) < 1:
+            raise ValueError("times are at least 1 ms")
+        config.socket = socket_fd
+        memcpy(config.cluster_id, <char *>cluster_id, CSV_CLUSTER_ID_BYTES)
+        config.interval_ms, config.alive_ms, config.lease_ms = interval_ms, alive_ms, lease_ms
+        self._pulse = csv_pulse_open(&config)
+        if self._pulse == NULL:
+            PyErr_SetFromErrno(OSError)
+
+    def __cinit__(self):
+        self._pulse = NULL
+
+    def __dealloc__(self):
+        cdef csv_pulse *pulse = self._pulse
+        self._pulse = NULL
+        if pulse != NULL:
+            with nogil:
+                csv_pulse_free(pulse)
+
+    cdef int _expect_open(self) except -1:
+        if self._pulse == NULL:
+            raise ValueError("the pulse was not opened")
+        return 0
+
+    def address(self, bytes secret, targets):
+        cdef csv_target *found
+        cdef addrinfo hints
+        cdef addrinfo *answer
+        cdef size_t count = 0
+        self._expect_open()
+        if len(secret) != CSV_SECRET_BYTES:
+            raise ValueError(f"a secret has {CSV_SECRET_BYTES} bytes")
+        wanted = [(host.encode(), str(int(port)).encode()) for host, port in targets]
+        found = <csv_target *>calloc(len(wanted) + 1, sizeof(csv_target))
+        if found == NULL:
+            raise MemoryError
+        memset(&hints, 0, sizeof(hints))
+        hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV
+        hints.ai_socktype = SOCK_DGRAM
+        for host, port in wanted:
+            if getaddrinfo(host, port, &hints, &answer):
+                free(found)
+                raise ValueError(f"{host.decode()} is no numeric address")
+            memcpy(&found[count].address, answer.ai_addr, answer.ai_addrlen)
+            found[count].length = answer.ai_addrlen
+            freeaddrinfo(answer)
+            count += 1
+        csv_pulse_address(self._pulse, <const uint8_t *><char *>secret, found, count)
+
+    def show(self, *, slot, incarnation, flags, epoch, hears, bytes block, bint now):
+        cdef csv_life life
+        self._expect_open()
+        if len(block) != CSV_BLOCK_BYTES:
+            raise ValueError(f"a block has {CSV_BLOCK_BYTES} bytes")
+        life.slot, life.incarnation, life.flags = slot, incarnation, flags
+        life.epoch, life.hears = epoch, hears
+        csv_pulse_show(self._pulse, &life, <const uint8_t *><char *>block, now)
+
+    def stamp(self):
+        if self._pulse != NULL:
+            csv_pulse_stamp(self._pulse)
+
+    def attach(self, Session session not None, uint64_t key, uint64_t offset_bytes):
+        self._expect_open()
+        if session._session == NULL or csv_session_lost(session._session):
+            return False
+        if session._pulse is not None and session._pulse is not self:
+            raise ValueError("the session has another pulse")
+        if not session._block_bytes or offset_bytes % session._block_bytes \
+                or CSV_BLOCK_BYTES % session._block_bytes:
+            raise ValueError("a heartbeat block is whole logical blocks")
+        session._pulse = self
+        csv_pulse_attach(self._pulse, session._session, key, offset_bytes // session._block_bytes)
+        return True
+
+    def detach(self):
+        if self._pulse != NULL:
+            csv_pulse_detach(self._pulse, NULL)
+
+    @property
+    def writing(self):
+        return self._pulse != NULL and csv_pulse_writing(self._pulse)
+
+    def next_sequence(self):
+        self._expect_open()
+        return csv_pulse_next_sequence(self._pulse)
+
+    @property
+    def lease_until_s(self):
+        cdef int64_t until = INT64_MIN if self._pulse == NULL else csv_pulse_lease_ns(self._pulse)
+        return -INFINITY if until == INT64_MIN else until * 1e-9
+
+    def fileno(self):
+        return -1 if self._pulse == NULL else csv_pulse_fd(self._pulse)
+
+    def reap(self):
+        cdef csv_pulse_news news
+        cdef Completion completion = None
+        self._expect_open()
+        csv_pulse_reap(self._pulse, &news)
+        if news.failed:
+            completion = Completion.__new__(Completion)
+            completion.unknown = news.outcome == CSV_UNKNOWN
+            completion.status = news.status
+            completion.sense = PyBytes_FromStringAndSize(<char *>news.sense, news.sense_bytes)
+            completion.residual = news.residual
+        return news.key, news.sent_ns * 1e-9 if news.written else None, completion
+
+    def stop(self):
+        if self._pulse != NULL:
+            csv_pulse_stop(self._pulse)
+
+    def statistics(self):
+        cdef csv_pulse_statistics shown
+        self._expect_open()
+        csv_pulse_statistics_of(self._pulse, &shown)
+        return {
+            "sent": shown.sent,
+            "not_sent": shown.not_sent,
+            "written": shown.written,
+            "failed": shown.failed,
+            "silences": shown.silences,
+            "gap_s": shown.gap_ns * 1e-9,
+            "gap_most_s": shown.gap_most_ns * 1e-9,
+            "write_s": shown.write_ns * 1e-9,
+            "write_most_s": shown.write_most_ns * 1e-9,
         }
