@@ -52,6 +52,8 @@ class Checkpointer:
         self._raise_if_failed = raise_if_failed
         self._home = trio.Lock()
         self._tail = trio.Lock()
+        self._home_mark = 0
+        """`FlushBatcher.mark` behind the last home write."""
 
     async def checkpoint(self) -> None:
         """Everything committed so far goes home, and the tail beyond it.
@@ -73,6 +75,7 @@ class Checkpointer:
                 images = self._state.to_home(chunk)
                 await write_images(self._device, [image[:2] for image in images])
                 self._flusher.note_write()
+                self._home_mark = self._flusher.mark
             written += images
         if written:
             await self._flusher.flush()
@@ -98,7 +101,7 @@ class Checkpointer:
         await self._device.write(address * BLOCK_BYTES, block, fua=True)
         self._header_version = version
 
-    async def settle(self) -> None:
-        """Wait until the home writes that are on their way have ended."""
+    async def settle(self) -> int:
+        """Wait until the home writes that are on their way have ended; the mark of their flush."""
         async with self._home:
-            pass
+            return self._home_mark

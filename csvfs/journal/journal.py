@@ -351,8 +351,9 @@ class Journal:
             with trio.CancelScope(shield=True):
                 await self._checkpointer.bring_home(journaled())
                 # A checkpoint may have picked the same images before they were known to be home,
-                # and be writing them a second time: that must not land after the lock is gone.
-                await self._checkpointer.settle()
+                # and be writing them a second time: that must not land after the lock is gone, nor
+                # be written again then because the target has forgotten it.
+                await self.flusher.flush(await self._checkpointer.settle())
                 await self._checkpointer.move_tail()
         except BlockError as error:
             self._fail(error)

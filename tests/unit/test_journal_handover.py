@@ -7,6 +7,7 @@ import trio
 import trio.testing
 
 from csvfs.format import BLOCK_BYTES
+from redirector.block.arbiter import Op
 from redirector.block.simulated import SimulatedLun
 from tests.small_store import (
     FIRST,
@@ -164,3 +165,36 @@ async def test_many_blocks_are_revoked_in_several_transactions() -> None:
         await store.flush_owned(7)
         store.drop_owned(7)
         assert home_tag(lun, FIRST + count - 1) == 1
+
+
+async def test_what_a_checkpoint_writes_meanwhile_is_flushed_too() -> None:
+    """The checkpoint writes the same image a second time, while the first is being flushed. Of a
+    target that forgot it, it would be written again: over what the next holder of the lock wrote.
+    """
+    lun = SimulatedLun(LUN_BYTES)
+    async with small_store(lun) as store:
+        await store.transact(creating((A, 1), owner=7))
+        await store.commit()
+        done = trio.Event()
+
+        async def hand_over() -> None:
+            await store.flush_owned(7)
+            done.set()
+
+        first = lun.hold(lambda c: c.op is Op.SYNCHRONIZE_CACHE, limit=1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hand_over)
+            await first.wait_held()
+            second = lun.hold(lambda c: is_home(c) and c.offset_bytes == A * BLOCK_BYTES, limit=1)
+            nursery.start_soon(store.journal._checkpointer.checkpoint)
+            await second.wait_held()
+            flush = lun.hold(lambda c: c.op is Op.SYNCHRONIZE_CACHE, limit=1)
+            first.lift()
+            await trio.testing.wait_all_tasks_blocked()
+            second.lift()
+            await flush.wait_held()
+            await trio.testing.wait_all_tasks_blocked()
+            early = done.is_set()
+            flush.lift()
+            await done.wait()
+    assert not early, "the lock is given up with a write that nobody has flushed"
