@@ -80,12 +80,14 @@ class Taker(Protocol):
 class _Line:
     """A channel, and whom it is with."""
 
-    __slots__ = ("channel", "number", "peer", "reported")
+    __slots__ = ("channel", "listed", "number", "peer", "reported")
 
     def __init__(self, peer: NodeId) -> None:
         self.peer = peer
         self.number = node_number(peer.slot, peer.incarnation)
         self.channel = Channel()
+        self.listed = False
+        """By the view that this node goes by, or by one before it."""
         self.reported = False
 
 
@@ -125,12 +127,16 @@ class LockLink:
         self._network = None
 
     def view_changed(self, listed: Iterable[NodeId], lock_epoch: int) -> None:
-        """The node goes by a view that lists these, with this lock epoch. Others are forgotten."""
+        """The node goes by a view that lists these, with this lock epoch. Others are forgotten,
+        but those who are ahead of this view: who has joined since, and is connected already."""
         listed = frozenset(listed)
-        for node in [node for node in self._lines if node not in listed]:
-            del self._by_number[self._lines.pop(node).number]
+        newest = {node.slot: node for node in listed}
+        for node, line in list(self._lines.items()):
+            if node not in listed and (line.listed or newest.get(node.slot, node) > node):
+                del self._by_number[line.number]
+                del self._lines[node]
         for node in listed:
-            self._line(node)
+            self._line(node).listed = True
         if lock_epoch > self._epoch:
             self._epoch = lock_epoch
             for line in self._lines.values():

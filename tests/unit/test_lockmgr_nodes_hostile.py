@@ -40,7 +40,7 @@ from tests.unit.network_nodes import until
 from tests.unit.wire_examples import anything
 
 NAMES = (b"a", b"b", b"c")
-A, B, NEWCOMER = NodeId(0, 1), NodeId(1, 1), NodeId(NEWCOMER_SLOT, 77)
+A, B, C, NEWCOMER = NodeId(0, 1), NodeId(1, 1), NodeId(2, 1), NodeId(NEWCOMER_SLOT, 77)
 HERE, THERE = node_number(*A), node_number(*B)
 X = Resource(b"x", b"")
 
@@ -161,6 +161,25 @@ async def test_it_hands_on_what_comes_and_leaves_the_rest_to_others() -> None:
     link.take(Arrived(B, 2, Resume(0)))
     assert wire.said == [(B, Resume(1)), (B, Refused(X, 1, THERE, 1))]
     link.check()
+
+
+async def test_who_is_ahead_of_the_view_is_not_forgotten_by_an_older_one() -> None:
+    """C has joined in view 9, which this node has read on the LUN; view 8 was announced before,
+    and comes now. The connection goes on, so nobody would say `Connected` again."""
+    link, wire, manager = linked()
+    link.take(Connected(C, 1, Agreed(C, 1, 0, 9, "")))
+    link.take(Arrived(C, 1, Resume(0)))
+    link.view_changed([A, B], 8)
+    link.take(Arrived(C, 1, request(node_number(*C))))
+    link.view_changed([A, B, C], 9)
+    link.send(node_number(*C), Refused(X, 9, node_number(*C), 1))
+    assert manager.got == [request(node_number(*C))]
+    assert (C, Refused(X, 9, node_number(*C), 1)) in wire.said
+    link.view_changed([A, B], 10)
+    assert C not in link.statistics()
+    link.take(Connected(C, 2, Agreed(C, 1, 0, 10, "")))
+    link.view_changed([A, B, NodeId(C.slot, C.incarnation + 1)], 11)
+    assert C not in link.statistics(), "another has its slot"
 
 
 async def test_messages_come_before_there_is_a_lock_manager() -> None:
