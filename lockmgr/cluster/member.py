@@ -111,8 +111,13 @@ class Member:
         return self._beating.key if self.stopped is None else 0
 
     def next_timer(self) -> float | None:
-        """When the next `Tick` is due; None: before `Start`, and after `Stop`."""
-        return None if self.stopped is not None else self._tick_at
+        """When the next `Tick` is due; None: before `Start`, and after `Stop`. A procedure that
+        pauses is woken by one, though the heartbeat's time has not come."""
+        if self.stopped is not None or self._tick_at is None:
+            return None
+        if isinstance(self._awaits, Pause):
+            return min(self._tick_at, self._awaits.until)
+        return self._tick_at
 
     # -- stepping ------------------------------------------------------------------------------
     def step(self, event: Event, now: float) -> list[Effect]:
@@ -133,6 +138,7 @@ class Member:
         try:
             self._take(event)
             self._go_on()
+            self._hurry()
             proof.tell(st)
         except Stopped as stopped:
             self._stop(stopped.reason, stopped.words)
@@ -256,6 +262,12 @@ class Member:
         refuse(st)
         name_successor(st)
         tell_coordinator(self.state)
+
+    def _hurry(self) -> None:
+        """Who joins need not wait for the next heartbeat that was due at the usual pace."""
+        st = self.state
+        if self._tick_at is not None and st.now < st.hurry_until:
+            self._tick_at = min(self._tick_at, st.now + st.settings.hurry_s)
 
     def _suspect(self) -> None:
         st = self.state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from lockmgr.cluster.blocks import JoinRequest
@@ -120,6 +122,23 @@ def test_admission_step_by_step() -> None:
     # Who joins does not freeze the locks; who becomes active does.
     assert views[0].lock_epoch < views[1].lock_epoch == views[1].epoch
     assert second.newcomer is None
+
+
+@pytest.mark.parametrize("phase_s", [0.0, 0.1, 0.2, 0.3, 0.4])
+def test_a_newcomer_is_active_within_a_second_of_its_request(phase_s: float) -> None:
+    """Neither side waits for its next heartbeat: half a second at most until the block is seen."""
+    world = World()
+    hosts = world.cluster(3)
+    world.run(5 + phase_s)
+    late = world.host("host9")
+    world.run_until(lambda: late.when(WriteJoin) != [], 1)
+    asked_at = world.now
+    world.run_until(lambda: late.member.node is not None, 1)
+    asked = [at for at, effect in late.log if isinstance(effect, WriteJoin)]
+    assert all(b - a < 0.15 for a, b in itertools.pairwise(asked))
+    world.run_until(lambda: is_active(late), 1)
+    assert world.now - asked_at < 1.0
+    assert all(is_active(host) for host in hosts)
 
 
 def test_join_waits_until_the_departed_are_replayed() -> None:
