@@ -41,6 +41,7 @@ class Kind(StrEnum):
     FILES_OPEN = "files-open"
     DAMAGED = "damaged"
     LUN_COPY = "lun-copy"
+    NOT_A_COPY = "not-a-copy"
     NO_ANSWER = "no-answer"
     LUN_LOST = "lun-lost"
     LUN_FULL = "lun-full"
@@ -62,7 +63,7 @@ class Problem(Exception):
 
 def _sorted_kinds() -> list[tuple[type, Kind]]:
     # Late: whoever only needs the words (csvctl --help, the supervisor) loads nothing else.
-    from csvfs import errors, mkfs_claim
+    from csvfs import errors, mkfs_claim, resignature, resignature_claim
     from csvfs.host import mountpoint
     from csvfs.journal.replay import JournalDamaged
     from csvfs.membership import claim, fixed_area, newcomer, refusals
@@ -86,6 +87,7 @@ def _sorted_kinds() -> list[tuple[type, Kind]]:
         (refusals.RefuseUnexplained, Kind.OTHER_HOST),
         (refusals.RefuseMountedHere, Kind.MOUNTED_TWICE),
         (refusals.RefuseCopy, Kind.LUN_COPY),
+        (refusals.RefuseUnfinished, Kind.LUN_COPY),
         (refusals.RefuseFeature, Kind.NEWER_FORMAT),
         (refusals.RefuseTooSmall, Kind.TOO_SMALL),
         (refusals.RefuseForeign, Kind.FOREIGN_KEY),
@@ -93,6 +95,9 @@ def _sorted_kinds() -> list[tuple[type, Kind]]:
         (claim.ClaimFailed, Kind.LUN_REFUSED),
         (claim.LeaveIncomplete, Kind.LUN_LOST),
         (newcomer.ForeignReservation, Kind.FOREIGN_KEY),
+        (resignature_claim.NotACopy, Kind.NOT_A_COPY),
+        (resignature_claim.CopyInUse, Kind.OTHER_HOST),
+        (resignature.CopyDamaged, Kind.DAMAGED),
         (mkfs_claim.LunOccupied, Kind.OCCUPIED_LUN),
         (mkfs_claim.KeysInTheWay, Kind.FOREIGN_KEY),
         (mkfs_claim.UnfitTarget, Kind.NO_ARBITER),

@@ -36,7 +36,8 @@ def judge_lun(facts: Facts) -> Iterator[Property]:
     superblock = facts.superblock
     if superblock is not None:
         yield _superblocks(facts.superblocks)
-        yield _views(facts)
+        if not superblock.resignature_under_way:
+            yield _views(facts)
         yield _features(superblock)
         yield _identity(facts, superblock)
         yield _size(facts, superblock)
@@ -134,13 +135,21 @@ def _features(superblock: Superblock) -> Property:
 def _identity(facts: Facts, superblock: Superblock) -> Property:
     name = "identity"
     formatted, found = superblock.device_id, stored_device_id(facts.identity)
+    if superblock.resignature_under_way:
+        return failed(
+            name,
+            f"a copy of volume {superblock.former_volume_id.hex()} that `csvctl resignature` was"
+            " making a volume of its own, and was cut off",
+            "no host can mount it; the original is not concerned",
+            "Run `csvctl resignature` again: it goes on where it was cut off",
+        )
     if formatted != found:
         return failed(
             name,
             f"a copy: formatted was {_id_words(formatted)}, this is {_id_words(found)}",
             "the original may be in use; csvfs does not mount a snapshot or clone of an array",
-            "Mount the original; if this is it and the array has given it a new id, restore the"
-            " old one there",
+            "Mount the original, or make the copy a volume of its own (`csvctl resignature`); if"
+            " this is the original and the array has given it a new id, restore the old one there",
         )
     if not found:
         return not_tested(name, "the LUN has no designator (VPD page 83h): a copy would not show")

@@ -42,6 +42,7 @@ from csvfs.membership.refusals import (
     RefuseOther,
     RefuseTooSmall,
     RefuseUnexplained,
+    RefuseUnfinished,
 )
 from csvfs.mkfs import stored_device_id
 from redirector.block.device import LunIdentity, Reservation, ReservationType
@@ -234,6 +235,8 @@ def refuse(seen: Observation) -> Refusal | None:
 def _refuse_volume(seen: Observation) -> Refusal | None:
     superblock = seen.superblock
     found = stored_device_id(seen.identity)
+    if superblock.resignature_under_way:
+        return RefuseUnfinished(superblock.volume_id, superblock.former_volume_id)
     if superblock.device_id != found:
         return RefuseCopy(superblock.device_id, found)
     if superblock.unknown_incompat or superblock.unknown_ro_compat:

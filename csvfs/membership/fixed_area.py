@@ -33,7 +33,7 @@ from csvfs.format import (
     newest_view,
     view_address,
 )
-from redirector.block.device import BlockDevice, MediumError
+from redirector.block.device import BlockDevice, BlockIO, MediumError
 from redirector.block.reservations import Registration
 
 
@@ -56,7 +56,7 @@ class SuperblocksDestroyed(NoVolume):
     """The same, but a view of csvfs lies where a view belongs: there was a volume."""
 
 
-async def read_superblock(device: BlockDevice) -> tuple[Superblock, BadBlock | None]:
+async def read_superblock(device: BlockIO) -> tuple[Superblock, BadBlock | None]:
     """The superblock, and what is wrong with the first copy if the backup had to be used.
 
     Raises `NoVolume`, and `OlderVolume` for one that cannot be read any more.
@@ -80,7 +80,7 @@ async def read_superblock(device: BlockDevice) -> tuple[Superblock, BadBlock | N
     raise SuperblocksDestroyed(words) if await _has_views(device) else NoVolume(words)
 
 
-async def _has_views(device: BlockDevice) -> bool:
+async def _has_views(device: BlockIO) -> bool:
     """Whether blocks of csvfs lie where the views are. A medium error is no answer."""
     for address in VIEW_ADDRESSES:
         try:
@@ -92,12 +92,12 @@ async def _has_views(device: BlockDevice) -> bool:
     return False
 
 
-async def read_view(device: BlockDevice, volume_id: bytes) -> View:
+async def read_view(device: BlockIO, volume_id: bytes) -> View:
     """The view. Raises `NoView`."""
     return newest_view(await read_view_copies(device), volume_id)
 
 
-async def read_view_copies(device: BlockDevice) -> list[bytearray]:
+async def read_view_copies(device: BlockIO) -> list[bytearray]:
     """Both copies as they lie there, zeroes for one that the medium lost."""
     copies = []
     for address in VIEW_ADDRESSES:
@@ -120,7 +120,7 @@ async def write_view(holder: Registration, view: View, volume_id: bytes) -> None
     await holder.ask(device.flush)
 
 
-async def read_slot_blocks(device: BlockDevice, superblock: Superblock) -> dict[int, SlotBlock]:
+async def read_slot_blocks(device: BlockIO, superblock: Superblock) -> dict[int, SlotBlock]:
     """Those slot blocks that are valid."""
     area = memoryview(await device.read(byte_offset(SLOT_AREA), MAX_SLOTS * BLOCK_BYTES))
     found = {}

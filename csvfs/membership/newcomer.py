@@ -15,7 +15,7 @@ from typing import Final, Self
 
 import trio
 
-from csvfs.format import BadBlock, NoView, Superblock
+from csvfs.format import BadBlock, NoView, Superblock, View
 from csvfs.membership.decision import Observation
 from csvfs.membership.fixed_area import (
     NoVolume,
@@ -163,6 +163,9 @@ async def observe(newcomer: Newcomer, rebuild: Rebuild | None = None) -> Observa
         reservation = await device.read_reservation()
         keys = (await device.read_keys()).keys
         trouble = ""
+        if superblock.resignature_under_way:  # `decision.refuse` refuses it, whatever the view
+            nobody = View.empty(superblock.geometry.slots)
+            return Observation(superblock, device.identity, nobody, reservation, keys, {})
         try:
             view = await read_view(device, superblock.volume_id)
             blocks = await read_slot_blocks(device, superblock)

@@ -56,7 +56,24 @@ class RefuseCopy(Refusal):
         return (
             f"this LUN is a copy: the volume was formatted on device {self.formatted.hex()}, this"
             f" is device {self.found.hex() or 'without an id'}. Mount the original; csvfs does not"
-            " mount a snapshot or clone that an array made, because nobody can tell the two apart"
+            " mount a snapshot or clone that an array made, because nobody can tell the two apart."
+            " `csvctl resignature` makes the copy a volume of its own"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseUnfinished(Refusal):
+    """A resignature was cut off: some blocks are of the new volume, some of the copied one."""
+
+    volume_id: bytes
+    former_volume_id: bytes
+
+    @property
+    def words(self) -> str:
+        return (
+            f"this LUN is a copy of volume {self.former_volume_id.hex()} that `csvctl resignature`"
+            f" was making a volume of its own ({self.volume_id.hex()}), and was cut off: run"
+            " `csvctl resignature` again to finish it"
         )
 
 

@@ -1,4 +1,4 @@
-"""The superblock and its backup: what a volume is, written once by format.
+"""The superblock and its backup: what a volume is, written by format, and anew by a resignature.
 
 Both copies are the same but for address and checksum. The first lies in block 0, the backup in
 block 0 of the LUN's last whole unit, so that neither a partition table written over the start
@@ -30,18 +30,22 @@ from csvfs.ondisk.geometry import GROUP_UNITS, SUPERBLOCK_ADDRESS, BadGeometry, 
 
 LABEL_BYTES: Final = 64
 DEVICE_ID_BYTES: Final = 256
-SUPERBLOCK_FIELDS: Final = Struct("<QQQIIIHHQIIqQ64s16s32s96sH256s")
+SUPERBLOCK_FIELDS: Final = Struct("<QQQIIIHHQIIqQ64s16s32s96sH256s16s")
 """compat, ro_compat, incompat, block bytes, unit bytes, group units, slots, write cache, size in
 units, journal units, 0, created_ns, probe, label, vendor, product, serial, device id length,
-device id."""
+device id, former volume id."""
 
 assert HEADER_BYTES + SUPERBLOCK_FIELDS.size <= BLOCK_BYTES
 
 KNOWN_COMPAT: Final = 0
 KNOWN_RO_COMPAT: Final = 0
-KNOWN_INCOMPAT: Final = 1
-"""Feature bits that this version of csvfs understands. Bit 0: views, join and heartbeat blocks
-are those of many hosts; whatever was formatted without it is of an earlier csvfs."""
+REQUIRED_INCOMPAT: Final = 1
+"""Bit 0: views, join and heartbeat blocks are those of many hosts; whatever was formatted without
+it is of an earlier csvfs."""
+RESIGNATURE: Final = 2
+"""Bit 1: a resignature is under way; some blocks still carry the former volume id."""
+KNOWN_INCOMPAT: Final = REQUIRED_INCOMPAT | RESIGNATURE
+"""Feature bits that this version of csvfs understands."""
 
 
 class WriteCache(IntEnum):
@@ -91,7 +95,9 @@ class Superblock:
     write_cache: WriteCache = WriteCache.VOLATILE
     compat: int = field(default=0, kw_only=True)
     ro_compat: int = field(default=0, kw_only=True)
-    incompat: int = field(default=KNOWN_INCOMPAT, kw_only=True)
+    incompat: int = field(default=REQUIRED_INCOMPAT, kw_only=True)
+    former_volume_id: bytes = field(default=bytes(16), kw_only=True)
+    """While a resignature is under way: what blocks carry that it has not come to yet."""
 
     @property
     def unmap_allowed(self) -> bool:
@@ -107,7 +113,12 @@ class Superblock:
     @property
     def missing_incompat(self) -> int:
         """Feature bits without which this csvfs cannot read the volume: an earlier one made it."""
-        return KNOWN_INCOMPAT & ~self.incompat
+        return REQUIRED_INCOMPAT & ~self.incompat
+
+    @property
+    def resignature_under_way(self) -> bool:
+        """A copy of a LUN that is half a volume of its own: only `csvctl resignature` goes on."""
+        return bool(self.incompat & RESIGNATURE)
 
     @property
     def unknown_ro_compat(self) -> int:
@@ -141,6 +152,7 @@ class Superblock:
             pack_text(self.serial, 96, "serial"),
             len(self.device_id),
             self.device_id,
+            self.former_volume_id,
         )
         seal(block, version)
         return block
@@ -178,6 +190,7 @@ class Superblock:
             serial,
             device_id_bytes,
             device_id,
+            former_volume_id,
         ) = SUPERBLOCK_FIELDS.unpack_from(block, HEADER_BYTES)
         if (block_bytes, unit_bytes, group_units) != (BLOCK_BYTES, UNIT_BYTES, GROUP_UNITS):
             raise BadBlock(
@@ -208,4 +221,5 @@ class Superblock:
             compat=compat,
             ro_compat=ro_compat,
             incompat=incompat,
+            former_volume_id=former_volume_id,
         )

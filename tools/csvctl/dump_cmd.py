@@ -53,13 +53,18 @@ async def _lines(lun: LunArgument, structure: Structure, number: int) -> list[Li
 
     from csvfs.host import inspection, places
     from csvfs.membership.newcomer import open_newcomer
+    from csvfs.membership.refusals import RefuseUnfinished
 
     newcomer = await open_newcomer(lun.open(), places.initiator_name(), SystemRandom())
     async with newcomer:
         if newcomer.superblock_trouble:
             console.warn(f"{newcomer.superblock_trouble}; the backup superblock is used")
+        superblock = newcomer.superblock
         if structure is Structure.SUPERBLOCK:
             return await inspection.show_superblock(newcomer)
+        if superblock.resignature_under_way:
+            unfinished = RefuseUnfinished(superblock.volume_id, superblock.former_volume_id)
+            raise Problem(Kind.LUN_COPY, unfinished.words)
         if structure is Structure.VIEW:
             return await inspection.show_view(newcomer)
         if structure is Structure.SLOTS:

@@ -23,6 +23,7 @@ from csvctl.lock_cmd import lock
 from csvctl.mount_cmd import mount
 from csvctl.node_cmd import node
 from csvctl.outcomes import OUTCOMES, fsck_code
+from csvctl.resignature_cmd import resignature
 from csvctl.status_cmd import status
 from csvctl.umount_cmd import umount
 from csvctl.validate_cmd import validate
@@ -52,6 +53,7 @@ def make_app() -> typer.Typer:
     app.command("umount", no_args_is_help=True)(umount)
     app.command("status")(status)
     app.command("check", no_args_is_help=True)(check)
+    app.command("resignature", no_args_is_help=True)(resignature)
     app.command("dump", no_args_is_help=True)(dump)
     app.command("validate", no_args_is_help=True)(validate)
     app.add_typer(node, name="node")

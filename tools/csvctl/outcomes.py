@@ -19,7 +19,7 @@
 | 76   | a foreign reservation key        | 94   | the daemon ended                          |
 | 77   | not root                         | 95   | interrupted                               |
 | 78   | credentials file                 | 96   | no free slot, or options of the volume    |
-| 79   | newer format                     |      |                                           |
+| 79   | newer format                     | 97   | the LUN is no copy                        |
 
 `csvctl check` ends like fsck(8) instead: 0 clean, 1 errors corrected, 4 errors left, 8 it could
 not be done, 16 the command line, 32 interrupted. `csvctl validate` that could look ends with 0
@@ -157,7 +157,12 @@ OUTCOMES: Final[dict[Kind, Outcome]] = {
     Kind.LUN_COPY: Outcome(
         89,
         f"{_NOTHING_CHANGED} The original may be in use: two of one kind would be confused.",
-        "Mount the original.",
+        "Mount the original, or make the copy a volume of its own: `csvctl resignature LUN`.",
+    ),
+    Kind.NOT_A_COPY: Outcome(
+        97,
+        f"{_NOTHING_CHANGED} Whoever has it mounted goes on, undisturbed.",
+        "Look at the array whether it is the right LUN; this one is mounted as it is.",
     ),
     Kind.NO_ANSWER: Outcome(
         90,
