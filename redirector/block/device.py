@@ -24,6 +24,7 @@ Every command ends in exactly one of three ways:
     +-- OutcomeUnknown              the nexus is lost
     `-- LoginFailed
         +-- Unreachable             no TCP connection, or no answer
+        |   `-- LostAfterLogin      the target had let it in
         +-- AuthenticationFailed    CHAP was refused
         `-- NoSuchLun               target or LUN does not exist
     BadUrl (ValueError)
@@ -102,6 +103,11 @@ class LoginFailed(BlockError):
 
 class Unreachable(LoginFailed):
     """Nobody answers at the portal."""
+
+
+class LostAfterLogin(Unreachable):
+    """The target has answered the login; then the nexus was lost. Whatever the port had before is
+    closed, perhaps by whom it belongs to: who logs in with it again closes this one."""
 
 
 class AuthenticationFailed(LoginFailed):

@@ -19,6 +19,7 @@ from redirector.block.device import (
     IllegalRequest,
     InitiatorPort,
     LoginFailed,
+    LostAfterLogin,
     Lun,
     NoSuchLun,
     OutcomeUnknown,
@@ -111,7 +112,7 @@ class IscsiLun(Lun):
         except BaseException as error:
             await nexus.drop()
             if isinstance(error, OutcomeUnknown):
-                raise Unreachable(str(error)) from error
+                raise LostAfterLogin(str(error)) from error
             if isinstance(error, TargetRefused | ValueError):
                 raise LoginFailed(f"{self.url}: {error}") from error
             raise

@@ -48,6 +48,7 @@ from redirector.block.device import (
     BlockError,
     InitiatorPort,
     LoginFailed,
+    LostAfterLogin,
     Lun,
     RegisteredKeys,
     Reservation,
@@ -378,6 +379,8 @@ async def reinstate(lun: Lun, port: InitiatorPort) -> None:
     for _ in range(_REINSTATEMENTS):
         try:
             device = await lun.login(port)
+        except LostAfterLogin:
+            return  # its owner lives, and logs in again: whoever is first, the old one is closed
         except LoginFailed as error:
             failure = error
             await trio.sleep(next(pauses))

@@ -15,6 +15,7 @@ from trio.testing import MockClock
 from redirector.block.arbiter import ArbiterHabits, Op
 from redirector.block.device import (
     InitiatorPort,
+    LostAfterLogin,
     OutcomeUnknown,
     RegisteredKeys,
     ReservationConflict,
@@ -346,6 +347,32 @@ async def test_reinstatement_is_tried_again_and_then_reported(autojump_clock: Mo
         lun.disconnect(lambda login: login == port(5))
         with pytest.raises(FenceFailed, match="cannot be closed"):
             await fence(lun, holder, [Victim(0, port(5))])
+
+
+class Contested(SimulatedLun):
+    """The owner of a port lives: it logs in again as soon as somebody else has."""
+
+    logins = 0
+
+    async def login(self, port_: InitiatorPort, *, timeout_s: float = 10.0) -> SimulatedDevice:
+        device = await super().login(port_, timeout_s=timeout_s)
+        if port_ != port(2):
+            return device
+        self.logins += 1
+        if self.logins == 1:
+            return device
+        await super().login(port_, timeout_s=timeout_s)
+        assert device.lost
+        raise LostAfterLogin("its owner was quicker")
+
+
+async def test_who_logs_in_again_at_once_is_closed_all_the_same() -> None:
+    lun = Contested(1 << 20)
+    async with holder_and_victim(lun) as (holder, victim):
+        await fence(lun, holder, [Victim(B, port(2))])
+        assert victim.device.lost
+        assert lun.logins == 2, "nobody fights for it"
+        assert lun.arbiter.read_keys().keys == (A,)
 
 
 async def test_fence_of_what_is_gone_already_is_done() -> None:

@@ -32,6 +32,8 @@ from csvfs.host.problems import Kind, Problem
 PROGRESS_LIMIT_S: Final = 120.0
 _STOP_LIMIT_S: Final = 60.0
 _CHECK_LIMIT_S: Final = 300.0
+_LONG_S: Final = 1.0
+"""A pause that nobody should have who has nothing to do with what was broken."""
 _SHOWN: Final = 10
 """Of a long list of mistakes, so many are shown."""
 
@@ -66,6 +68,11 @@ class Running:
     @property
     def ended(self) -> bool:
         return self.process.poll() is not None
+
+    @property
+    def name(self) -> str:
+        what = {"write": "writer", "read": "reader"}[self.what]
+        return f"{what} of file {self.job.file} on {self.host}"
 
 
 @dataclass
@@ -186,13 +193,12 @@ class Stage:
         def over() -> bool:
             return program.ended or program.done >= wanted
 
-        wait_until(over, f"the {program.what}r on {program.host} to go on", PROGRESS_LIMIT_S)
+        wait_until(over, f"the {program.name} to go on", PROGRESS_LIMIT_S)
         return program.done >= wanted
 
     def wait_ended(self, program: Running, limit_s: float = PROGRESS_LIMIT_S) -> int:
         """Its exit status. Raises TimeoutError."""
-        what = f"the {program.what}r on {program.host} to end"
-        wait_until(lambda: program.ended, what, limit_s)
+        wait_until(lambda: program.ended, f"the {program.name} to end", limit_s)
         return program.process.returncode
 
     def stop(self, program: Running) -> None:
@@ -268,11 +274,14 @@ class Stage:
         """The judgement over every log, as `csvctl lab run --json` prints it."""
         history, pause_s = History(), 0.0
         errors: list[str] = []
+        long: dict[str, float] = {}
         for program in self.programs:
             diary = read_log(Path(program.job.log), history)
             self._blame(program, diary, errors)
             if not program.doomed:
                 pause_s = max(pause_s, diary.max_pause_s)
+                if diary.max_pause_s > _LONG_S:
+                    long[program.name] = round(diary.max_pause_s, 2)
         verdict = judge(history, self.final, self.foreign)
         for name, found in (
             ("errors", errors),
@@ -283,6 +292,8 @@ class Stage:
         ):
             if found:
                 self.details[name] = found[:_SHOWN]
+        if long:
+            self.details["long_pauses_s"] = long
         acked = sum(map(len, history.acked.values()))
         reads = sum(map(len, history.reads.values()))
         return {
@@ -300,7 +311,7 @@ class Stage:
     def _blame(self, program: Running, diary: Diary, errors: list[str]) -> None:
         if program.doomed:
             return
-        name = f"{program.what}r on {program.host}"
+        name = program.name
         errors += [f"{name}: {error}" for error in diary.errors]
         if program.hung:
             self.mistakes.append(f"the {name} did not end")
