@@ -91,6 +91,10 @@ def _with_faults(*kinds: Fault) -> Callable[[Stage], None]:
         time.sleep(max(_HOLD_S[kind] for kind in kinds))
         victims = list(dict.fromkeys(id(seat) for _, seat in struck))
         sound = [seat for seat in seats if id(seat) not in victims]
+        # All before anybody is waited for: who has no SAN may hold what the others want.
+        for host in dict.fromkeys(seat.host for _, seat in struck):
+            if host not in stage.lost:
+                stage.mend(host)
         for seat in seats:
             if id(seat) in victims:
                 _recover(stage, seat, sound, begun)
@@ -126,7 +130,6 @@ def _recover(stage: Stage, seat: _Seat, sound: list[_Seat], begun_ns: int) -> No
         if not sound:
             _take_over(stage, seat, seat.host, begun_ns)
         return
-    stage.mend(seat.host)
     if not stage.wait_progress(seat.writer):
         # Its peers have gone on without it: it was evicted, and says so in its log.
         stage.details.setdefault("evicted", []).append(seat.host)
