@@ -4,7 +4,9 @@
     ViewInstalled           its lock manager follows; the first one that lists the node makes it
     DepartedMayBeGranted    its lock manager may grant over that incarnation
     ReplayWanted            a task replays that journal, then says so; what the dead had promised
-                            (orphans, reclaim list) is seen to as soon as the volume is open
+                            (orphans, reclaim list) is seen to as soon as the volume is open. A
+                            journal that cannot be replayed is tried again and again: it costs what
+                            its node had under its locks, not the nodes that live
     PathsReady              data flows
     LeaseUntil              what comes back may be answered
     Stop                    data ends, and with it the volume: `wait_failed`
@@ -12,6 +14,9 @@
 Order that keeps data safe: a journal is replayed only when its node is fenced, which is what a view
 without it says; the lock manager is told of a replay only when that is stable; data flows only when
 nothing of this node's lost paths can come any more. Who decides all that is `lockmgr.cluster`.
+
+Who leaves in order, or dies before it has seen to another's promises, leaves lists behind that no
+replay says are there: the lowest active node looks at those of every slot that is free.
 
 Concurrency: everything here but the replays is called from the membership's steps, and never waits.
 Each replay is a task of the nursery. An exception in one ends the node, as a crash would.
@@ -21,11 +26,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Final
 
 import trio
 
-from csvfs.errors import VolumeFailed
-from csvfs.format import Superblock
+from csvfs.errors import FilesystemError, VolumeFailed
+from csvfs.format import BadBlock, Superblock
+from csvfs.journal.replay import JournalDamaged
 from csvfs.journal.store import JournalStart
 from csvfs.membership.arbiter import LunArbiter
 from csvfs.membership.slot_start import begin_slot, replay_slot
@@ -42,14 +49,18 @@ from lockmgr.cluster.effects import (
 )
 from lockmgr.cluster.lock_link import LockLink
 from lockmgr.cluster.service import Cluster
-from lockmgr.cluster.view import NodeId, View
+from lockmgr.cluster.view import NodeId, SlotState, View, ViewSlotFlag
 from lockmgr.events import ViewChanged
 from lockmgr.manager import LockManager
 from lockmgr.mastering import node_number, slot_and_incarnation
+from redirector.block.device import BlockError
 from redirector.block.reservations import Registration
-from redirector.data_path import DataPath
+from redirector.data_path import DataPath, Evicted
 
 _log = logging.getLogger("csvfs.host.node")
+
+REPLAY_AGAIN_S: Final = 30.0
+"""A journal that cannot be replayed is tried again after so long: its medium may recover."""
 
 
 def number_of(node: NodeId) -> int:
@@ -81,6 +92,10 @@ class ClusterNode:
         self._own_start: JournalStart | None = None
         self._to_recover: list[int] = []
         """Slots whose journals were replayed here, and whose lists are still to be looked at."""
+        self._tended: set[NodeId] = set()
+        """Who left a slot free, and lists in it that this node has looked at since."""
+        self._leaving = trio.Event()
+        self._replay_ended = trio.Event()
         self._recover_kick = trio.Event()
         self._view_changed = trio.Event()
         self._started = trio.Event()
@@ -133,13 +148,48 @@ class ClusterNode:
         while True:
             self._recover_kick = trio.Event()
             while self._to_recover:
-                slot = self._to_recover.pop(0)
-                self._told(f"finishing what slot {slot} left undone")
-                await volume.recover(slot)
+                await self._recover(volume, self._to_recover.pop(0))
             if not started:
                 started = True
                 task_status.started()
-            await self._recover_kick.wait()
+            if (left := self._left_lists()) is not None:
+                await self._recover(volume, left.slot)
+                self._tended.add(left)
+            elif not self._to_recover:
+                await self._recover_kick.wait()
+
+    async def _recover(self, volume: Volume, slot: int) -> None:
+        self._told(f"finishing what slot {slot} left undone")
+        assert self._cluster.me is not None
+        try:
+            await volume.recover(slot)
+        except VolumeFailed:
+            raise
+        except FilesystemError as error:
+            if slot == self._cluster.me.slot:
+                raise
+            # Costs space until it is mended; this node's own users have nothing to do with it.
+            _log.error("the lists of slot %d stay as they are: %s", slot, error)
+
+    def _left_lists(self) -> NodeId | None:
+        """A slot that is free, with lists that it is this node's turn to look at."""
+        view = self.view
+        if view is None or not view.active or self._cluster.me != min(view.active):
+            return None
+        for number, entry in enumerate(view.slots):
+            node = NodeId(number, entry.incarnation)
+            used = entry.flags & ViewSlotFlag.JOURNAL_USED
+            if entry.state is SlotState.FREE and used and node not in self._tended:
+                return node
+        return None
+
+    async def end_replays(self) -> None:
+        """This node is about to leave: what it replays is finished, nothing else is begun. Who
+        departs later is replayed by those that stay, or by the next mount."""
+        self._leaving.set()
+        while self._replaying:
+            self._replay_ended = trio.Event()
+            await self._replay_ended.wait()
 
     # -- what the arbiter says -------------------------------------------------------------------
     def on_opened(self, control: Registration, data: Registration) -> None:
@@ -167,7 +217,7 @@ class ClusterNode:
                 if self.locks is not None:
                     self.locks.cleared([number_of(node)])
             case ReplayWanted(node, used):
-                if node not in self._replaying:
+                if node not in self._replaying and not self._leaving.is_set():
                     self._replaying.add(node)
                     self._nursery.start_soon(self._replay, node, used)
             case PathsReady(key):
@@ -190,6 +240,7 @@ class ClusterNode:
         view, me = effect.view, self._cluster.me
         assert me is not None
         self.view = view
+        self._recover_kick.set()
         self._view_changed.set()
         self._view_changed = trio.Event()
         if self.locks is None:
@@ -224,11 +275,6 @@ class ClusterNode:
         cleared = [number_of(each.node) for each in effect.departed if each.cleared]
         if cleared:
             locks.cleared(cleared)
-        if effect.coordinator == self._cluster.me:
-            # Who left cleanly may have left orphans that somebody else has open.
-            for each in effect.departed:
-                if each.was_active and not each.needs_replay:
-                    self._recover_soon(each.node.slot)
 
     def _on_thawed(self, epoch: int) -> None:
         self._cluster.locks_thawed(epoch)
@@ -253,22 +299,64 @@ class ClusterNode:
 
     # -- journals --------------------------------------------------------------------------------
     async def _replay(self, node: NodeId, used: bool) -> None:
-        path, superblock = self._path, self._superblock
         own = node == self._cluster.me
-        if used:
-            self._told(f"replaying the journal of slot {node.slot}")
-            report = await replay_slot(path, superblock, node.slot, node.incarnation)
-            self._own_start = report.start if own else self._own_start
-            self._recover_soon(node.slot)
-        elif own:
-            self._own_start = await begin_slot(path, superblock, node.slot, node.incarnation)
-        # Else it was never active, and has changed nothing.
+        if own:
+            await self._begin(node, used)
+        # Else, if not used, it was never active, and has changed nothing.
+        elif used and not await self._replay_other(node):
+            self._replay_over(node)
+            return
         if not own and self.locks is not None:
             self.locks.replayed([number_of(node)])
-        self._replaying.discard(node)
         self._cluster.replayed(node)
+        self._replay_over(node)
+
+    def _replay_over(self, node: NodeId) -> None:
+        self._replaying.discard(node)
+        self._replay_ended.set()
+        self._recover_kick.set()
+
+    async def _begin(self, me: NodeId, used: bool) -> None:
+        """The own journal, in order."""
+        path, superblock = self._path, self._superblock
+        if used:
+            self._told(f"replaying the journal of slot {me.slot}")
+            self._own_start = (await replay_slot(path, superblock, *me)).start
+            self._recover_soon(me.slot)
+        else:
+            self._own_start = await begin_slot(path, superblock, *me)
+
+    async def _replay_other(self, node: NodeId) -> bool:
+        """False: it could not be replayed, and this node leaves. Who has nothing to lose yet, a
+        node that is joining, raises what is in the way instead: its mount says it."""
+        path, said = self._path, ""
+        while not self._leaving.is_set():
+            self._told(f"replaying the journal of slot {node.slot}")
+            try:
+                await replay_slot(path, self._superblock, *node)
+                # Nothing of it may be written again (REDIRECTION.md, rule 8): the slot, and what
+                # its node had locked, are others' from now on.
+                await path.flush()
+            except Evicted:
+                raise
+            except (BadBlock, JournalDamaged, BlockError) as error:
+                if self.view is None or self._cluster.me not in self.view.active:
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    _log.error(
+                        "the journal of slot %d (node %s) cannot be replayed: %s. What that node "
+                        "had locked stays locked, and nobody can join, until it is: look after "
+                        "the LUN, or unmount the volume everywhere and run `csvctl check --repair`",
+                        *(node.slot, node, said),
+                    )
+                with trio.move_on_after(REPLAY_AGAIN_S):
+                    await self._leaving.wait()
+            else:
+                self._recover_soon(node.slot)
+                return True
+        return False
 
     def _recover_soon(self, slot: int) -> None:
         if slot not in self._to_recover:
             self._to_recover.append(slot)
-        self._recover_kick.set()
