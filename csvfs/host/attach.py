@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from random import SystemRandom
 from typing import Any
 
@@ -29,25 +28,23 @@ from csvfs.host import mountpoint, places
 from csvfs.host.daemon_lock import DaemonLock, daemon_lives
 from csvfs.host.events import Reporter
 from csvfs.host.last_will import leave_will
-from csvfs.host.node import ClusterNode, number_of
+from csvfs.host.member import ClusterMember, open_member, serving_volume
+from csvfs.host.node import number_of
 from csvfs.host.problems import Kind, Problem
 from csvfs.host.record import MountState, records
 from csvfs.host.settings import MountSettings
-from csvfs.membership.arbiter import LunArbiter
-from csvfs.membership.claim import LeaveIncomplete
-from csvfs.membership.path_keys import PathKeys
+from csvfs.membership.native_pulse import NativePulse
 from csvfs.membership.peek import Peeked, peek
-from csvfs.volume import Volume, open_volume
+from csvfs.volume import Volume
 from lockmgr.cluster.blocks import Identity
+from lockmgr.cluster.boottime import wall_offset_ns
 from lockmgr.cluster.certificates import make_credentials
-from lockmgr.cluster.effects import StopReason
 from lockmgr.cluster.peers import Address, parse_address
-from lockmgr.cluster.service import Cluster, open_cluster
+from lockmgr.cluster.service import Cluster
 from lockmgr.cluster.status import NodeStatus
 from lockmgr.cluster_snapshot import cluster_locks
 from redirector.block.device import Lun
 from redirector.block.url import open_lun
-from redirector.data_path import DataPath
 
 _log = logging.getLogger("csvfs.host.attach")
 
@@ -87,15 +84,13 @@ class Attached:
     def __init__(
         self,
         peeked: Peeked,
-        node: ClusterNode,
-        cluster: Cluster,
-        path: DataPath,
+        member: ClusterMember,
         volume: Volume,
         initiator: str,
     ) -> None:
-        self.cluster = cluster
-        self.node = node
-        self.path = path
+        self.cluster = member.cluster
+        self.node = member.node
+        self.path = member.path
         self.volume = volume
         self.volume_id = peeked.superblock.volume_id
         self.label = peeked.superblock.label
@@ -215,29 +210,12 @@ async def attach(
                 "Run `csvctl check --repair` when the volume is not mounted"
             )
             _log.warning("superblock: %s; the backup is used", peeked.superblock_trouble)
-        async with _member(lun, peeked, settings, reporter, will_fd) as (node, cluster, path):
+        async with _member(lun, peeked, settings, reporter, will_fd) as member:
             reporter.step("waiting for the other hosts of the volume")
             with starting.stage():
-                locks, start = await node.wait_serving()
-            own = cluster.me
-            assert own is not None
-            async with (
-                open_volume(
-                    path,
-                    peeked.superblock,
-                    own.slot,
-                    own.incarnation,
-                    start,
-                    locks,
-                    on_failed=node.fail,
-                ) as volume,
-                trio.open_nursery() as nursery,
-            ):
-                await nursery.start(node.recover_for_ever, volume)
-                yield Attached(peeked, node, cluster, path, volume, settings.initiator)
-                if node.failure is not None:
-                    raise node.failure
-                nursery.cancel_scope.cancel()
+                await member.node.wait_serving()
+            async with serving_volume(member, peeked.superblock) as volume:
+                yield Attached(peeked, member, volume, settings.initiator)
 
 
 def _refuse_unreachable(view: View, settings: MountSettings) -> None:
@@ -267,14 +245,12 @@ def _is_loopback(text: str) -> bool:
     return ipaddress.ip_address(parse_address(text).host).is_loopback
 
 
-@asynccontextmanager
-async def _member(
+def _member(
     lun: Lun, peeked: Peeked, settings: MountSettings, reporter: Reporter, will_fd: int
-) -> AsyncIterator[tuple[ClusterNode, Cluster, DataPath]]:
-    """A node of the cluster, which leaves at the end of the block."""
-    superblock = peeked.superblock
+) -> AbstractAsyncContextManager[ClusterMember]:
+    """A member of the cluster, which leaves at the end of the block."""
     credentials = make_credentials()
-    obituary = places.obituary_path(superblock.volume_id)
+    obituary = places.obituary_path(peeked.superblock.volume_id)
     leave_will(will_fd, obituary, credentials.certificate, credentials.key_pem)
     address = settings.cluster_address
     identity = Identity(
@@ -284,47 +260,20 @@ async def _member(
         credentials.fingerprint,
         (address,) if address else (),
         credentials.certificate,
-        time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        wall_offset_ns(),
     )
-    async with trio.open_nursery() as nursery:
-        node = ClusterNode(nursery, superblock, reporter.step)
-        arbiter = LunArbiter(
-            lun,
-            superblock,
-            identity,
-            settings.initiator,
-            on_lost=node.on_lost,
-            on_opened=node.on_opened,
-        )
-        path = DataPath(peeked.identity, on_closed=arbiter.lose, on_stranger=arbiter.stranger)
-        node.use(arbiter, path)
-        try:
-            await nursery.start(arbiter.run)
-            nursery.start_soon(path.run)
-            async with open_cluster(
-                identity,
-                PathKeys(),
-                arbiter,
-                parse_address(address) if address else _NOBODY_LISTENS,
-                credentials,
-                superblock.volume_id,
-                on_effect=node.on_effect,
-                on_network=node.link.take,
-                obituary=obituary,
-                rng=SystemRandom(),
-            ) as cluster:
-                node.begin(cluster)
-                yield node, cluster, path
-                await path.detach()
-                stop = await cluster.leave()
-                if stop.reason is not StopReason.LEFT:
-                    raise LeaveIncomplete(stop.words)
-                await arbiter.aclose()
-        except BaseException:
-            path.evict("the daemon ends")
-            arbiter.abort()
-            raise
-        nursery.cancel_scope.cancel()
+    return open_member(
+        lun,
+        peeked,
+        identity,
+        credentials,
+        settings.initiator,
+        listen=parse_address(address) if address else _NOBODY_LISTENS,
+        told=reporter.step,
+        rng=SystemRandom(),
+        obituary=obituary,
+        make_pulse=NativePulse,
+    )
 
 
 async def _look(lun: Lun, settings: MountSettings, reporter: Reporter, lock: DaemonLock) -> Peeked:
