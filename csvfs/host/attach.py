@@ -34,7 +34,7 @@ from csvfs.host.problems import Kind, Problem
 from csvfs.host.record import MountState, records
 from csvfs.host.settings import MountSettings
 from csvfs.membership.native_pulse import NativePulse
-from csvfs.membership.peek import Peeked, peek
+from csvfs.membership.peek import Peeked, peek, shows_life
 from csvfs.volume import Volume
 from lockmgr.cluster.blocks import Identity
 from lockmgr.cluster.boottime import wall_offset_ns
@@ -203,7 +203,7 @@ async def attach(
     with DaemonLock() as lock:
         with starting.stage():
             peeked = await _look(lun, settings, reporter, lock)
-        _refuse_unreachable(peeked.view, settings)
+            await _refuse_unreachable(lun, peeked.view, settings, reporter)
         if peeked.superblock_trouble:
             reporter.warning(
                 f"the superblock is damaged ({peeked.superblock_trouble}); its backup was used. "
@@ -218,9 +218,12 @@ async def attach(
                 yield Attached(peeked, member, volume, settings.initiator)
 
 
-def _refuse_unreachable(view: View, settings: MountSettings) -> None:
+async def _refuse_unreachable(
+    lun: Lun, view: View, settings: MountSettings, reporter: Reporter
+) -> None:
     """Who could not be heard by those who have the volume would be let in and evicted again."""
     own = (places.machine_id(), settings.node)
+    unreachable = {}
     for node in view.listed:
         entry = view.slots[node.slot]
         if (entry.machine_id, entry.node_name) == own:
@@ -234,11 +237,18 @@ def _refuse_unreachable(view: View, settings: MountSettings) -> None:
             )
         here = _is_loopback(settings.cluster_address)
         if not here and all(map(_is_loopback, entry.addresses)):
-            raise Problem(
-                Kind.OTHER_HOST,
-                f"{entry.node_name} has the volume, and was mounted without --cluster-address: "
-                "nobody can share it with that host. Unmount it there, and mount it again with it",
-            )
+            unreachable[node.slot] = entry.node_name
+    if not unreachable:
+        return
+    names = ", ".join(unreachable.values())
+    reporter.step(f"looking whether {names} is alive")
+    # Whom nobody can reach may be dead: then nothing is in the way of taking over from it.
+    if await shows_life(lun, settings.initiator, frozenset(unreachable)):
+        raise Problem(
+            Kind.OTHER_HOST,
+            f"{names} has the volume, and was mounted without --cluster-address: "
+            "nobody can share it with that host. Unmount it there, and mount it again with it",
+        )
 
 
 def _is_loopback(text: str) -> bool:

@@ -8,16 +8,18 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from csvfs import format as fmt
-from csvfs.format import Superblock
+from csvfs.format import BLOCK_BYTES, Superblock
 from csvfs.membership.claim import ClaimRefused
 from csvfs.membership.fixed_area import NoVolume, OlderVolume
 from csvfs.membership.newcomer import ForeignReservation
-from csvfs.membership.peek import peek
+from csvfs.membership.peek import peek, shows_life
 from csvfs.membership.refusals import RefuseCopy, RefuseFeature, RefuseForeign
 from csvfs.membership.view_rebuild import ViewsDestroyed
+from csvfs.ondisk.geometry import HEARTBEAT_AREA
 from redirector.block.arbiter import Op
 from redirector.block.device import InitiatorPort, OutcomeUnknown
 from redirector.block.simulated import SimulatedLun
@@ -113,3 +115,21 @@ async def test_a_superblock_that_is_damaged_is_told(autojump_clock: MockClock) -
     lun.blocks[0] = bytes(4096)
     seen = await peek(lun, NAME)
     assert seen.superblock_trouble is not None
+
+
+async def test_a_node_shows_life_by_its_heartbeats(autojump_clock: MockClock) -> None:
+    async with open_bench() as bench:
+        lun, slot = bench.lun, frozenset({NODE.slot})
+        assert not await shows_life(lun, NAME, slot, rng=Random(1))
+
+        async def beat() -> None:
+            await trio.sleep(1.2)
+            address = HEARTBEAT_AREA + NODE.slot
+            lun.blocks[address] = bytes([7]) * BLOCK_BYTES
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(beat)
+            assert await shows_life(lun, NAME, slot, rng=Random(1))
+            nursery.start_soon(beat)
+        assert not await shows_life(lun, NAME, frozenset({NODE.slot + 1}), rng=Random(1))
+        assert bench.registered == [OFFICER]
