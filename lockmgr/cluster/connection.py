@@ -87,7 +87,8 @@ class Connection:
         self.goodbye: str | None = None
         """The peer's last words."""
         self.announced = False
-        """One side has said goodbye to the other: nobody needs to look into it."""
+        """One side has said goodbye, or its system has closed the connection: its daemon has ended,
+        which shows by itself: nobody needs to look into it."""
         self.traffic = Traffic()
         self.queue_bytes = 0
         self.rtt_s: float | None = None
@@ -162,7 +163,7 @@ class Connection:
                 if self.queue_bytes < self._settings.room_bytes:
                     self._room.unpark_all()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self.fail(f"it broke while sending: {cause_of(error)}", forget=True)
+            self._broken(error, "it broke while sending")
         finally:
             self._drained.set()
 
@@ -193,6 +194,11 @@ class Connection:
             self.fail(f"the peer breaks the protocol: {words}", f"protocol error: {words}")
             self.announced = False
 
+    def _broken(self, error: BaseException | None, words: str) -> None:
+        if self.failure is None:
+            self.announced = error is None or isinstance(error.__cause__, ConnectionError)
+        self.fail(words if error is None else f"{words}: {cause_of(error)}", forget=True)
+
     async def run(self, receiver: Receiver) -> None:
         """Carry messages until the connection has failed; then close it."""
         try:
@@ -222,7 +228,7 @@ class Connection:
             while self.failure is None:
                 data = await self._stream.receive_some(READ_BYTES)
                 if not data:
-                    self.fail("the peer has closed it", forget=True)
+                    self._broken(None, "the peer has closed it")
                     return
                 self.heard_s = trio.current_time()
                 self.traffic.bytes_in += len(data)
@@ -231,7 +237,7 @@ class Connection:
                 while self.failure is None and (message := self._link.next()) is not None:
                     self._take(message, receiver)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self.fail(f"it broke: {cause_of(error)}", forget=True)
+            self._broken(error, "it broke")
         except WireError as error:
             self.refuse(str(error))
 

@@ -127,7 +127,9 @@ async def test_a_peer_that_is_gone_and_comes_back() -> None:
             assert one.of(Connected)[-1].peer == NodeId(1, 2)
 
 
-async def test_a_cut_connection_is_made_again() -> None:
+async def test_a_cut_connection_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    """It looks like the end of the peer's daemon: of that a human learns from the view."""
+    caplog.set_level("INFO", "lockmgr.network")
     async with two_nodes() as (one, two):
         for number in (1, 2, 3):
             (connection,) = one.network._open
@@ -136,6 +138,9 @@ async def test_a_cut_connection_is_made_again() -> None:
             await until(lambda: one.statistics(two).number == two.statistics(one).number)
         assert len(one.of(Lost)) == len(two.of(Lost)) == 3
         assert one.statistics(two).traffic.connections == 4
+        said = [each for each in caplog.records if " lost: " in each.getMessage()]
+        assert len(said) == 6
+        assert {each.levelname for each in said} == {"INFO"}
 
 
 async def test_a_connection_that_only_one_side_has_lost() -> None:
