@@ -178,6 +178,7 @@ class ArbiterConformance:
                 assert beta.arbiter.control is not None
                 del beta.told[:]
                 beta.arbiter.control.device.abort()
+                await beta.until(lambda: "lost" in beta.told)
                 stage.release_writes()
             # Who waits for an answer hears that the paths are gone before it comes.
             assert answers == [["lost"]]

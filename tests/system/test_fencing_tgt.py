@@ -128,7 +128,7 @@ async def evict(tgt: Tgt, held: Registration, hosts: Zombies) -> float:
 
 async def lease_over(since: float) -> None:
     """What a coordinator waits for before anything that the victim held is granted."""
-    await trio.sleep(since + LEASE_S - boottime_s() + 0.05)
+    await trio.sleep(max(0.0, since + LEASE_S - boottime_s() + 0.05))
 
 
 async def wait_held(tgt: Tgt, writes: int) -> None:

@@ -158,7 +158,7 @@ def test_peers_in_a_view(caplog: pytest.LogCaptureFixture) -> None:
     )
     known = {one.fingerprint: one.certificate for one in (OURS, THEIRS, OTHER)}
     known |= {bad_print: bad, missing: OTHER.certificate}
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         found = peers_in(view, known, NodeId(0, 1))
     expected = (Address("192.0.2.2", 99), Address("2001:db8::1", DEFAULT_PORT))
     assert found == (Peer(NodeId(1, 1), THEIRS.certificate, expected),)
