@@ -1,7 +1,7 @@
 """What a filesystem call can answer instead of a result.
 
     FilesystemError
-    +-- NotFound                no such name, or no such inode any more          ENOENT
+    +-- NotFound                no such name                                     ENOENT
     +-- NameExists              the name is taken                                EEXIST
     +-- NotADirectory           a directory was needed                           ENOTDIR
     +-- IsADirectory            a directory was not                              EISDIR
@@ -18,7 +18,7 @@
     +-- NoEntrySpace            256 names in the directory have this one's hash  ENOSPC
     +-- NoAttribute             no such extended attribute                       ENODATA
     +-- AttributeTooBig         a name or value beyond the kernel's limits       ERANGE, E2BIG
-    +-- StaleInode              the number was reused: another generation        ESTALE
+    +-- StaleInode              the inode that had this number is gone           ESTALE
     +-- DataLost                the medium lost bytes of this file               EIO
     +-- Damaged                 metadata on disk is not what it must be          EIO
     `-- VolumeFailed            the node cannot write its journal, or lost the
@@ -110,7 +110,10 @@ class AttributeTooBig(FilesystemError):
 
 
 class StaleInode(FilesystemError):
-    """The inode number belongs to another generation than the one that is asked for."""
+    """The number names no inode any more, or one of another generation than is asked for.
+
+    Whoever has the number from a name looks the name up again: something else may have it now.
+    """
 
 
 class DataLost(FilesystemError):

@@ -399,6 +399,7 @@ class Operations(pyfuse3.Operations, Generic[H]):
     # -- directories -----------------------------------------------------------------------
     @answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        await self._volume.getattr(inode)  # a directory that is gone is looked up again
         number = next(self._numbers)
         self._directories[number] = inode
         return number

@@ -91,8 +91,9 @@ class Mount:
 class Host:
     """One host; use it as a context manager."""
 
-    def __init__(self, name: str = "host1") -> None:
+    def __init__(self, name: str = "host1", cluster_address: str = "") -> None:
         self.name = name
+        self.cluster_address = cluster_address
         self.directory = Path(tempfile.mkdtemp(prefix=f"csvfs-{name}-"))
         self.directory.chmod(0o755)  # for tests that come as another user
         self.run = self.directory / "run"
@@ -145,6 +146,8 @@ class Host:
 
     def mount(self, url: str, path: Path) -> None:
         arguments = ["--node", self.name]
+        if self.cluster_address:
+            arguments += ["--cluster-address", self.cluster_address]
         if url.startswith("iscsi:"):
             arguments += ["--initiator", self.initiator]
         self.csvctl("mount", url, str(path), *arguments)

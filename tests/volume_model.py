@@ -121,7 +121,7 @@ class Model:
         self._directory(parent)
         self._require_absent(parent, name)
         if node.nlink == 0:
-            raise errors.NotFound
+            raise errors.StaleInode
         node.nlink += 1
         parent.names[name] = node
         return node

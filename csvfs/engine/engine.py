@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Final, TypeVar
 
 from csvfs.engine.change import Change, ChangeScope
-from csvfs.errors import Damaged, FilesystemError, NoSpace, NotFound, StaleInode, VolumeFailed
+from csvfs.errors import Damaged, FilesystemError, NoSpace, StaleInode, VolumeFailed
 from csvfs.journal.store import Store
 from csvfs.journal.transaction import MAX_TX_BLOCKS, BlockReader, Transaction
 from csvfs.namespace.inode import Inode
@@ -47,7 +47,8 @@ Reclaimed = Callable[[], Awaitable[bool]]
 class Held:
     """An inode's lock, for an ``async with``, which gives the inode's state with its fields read.
 
-    Raises `NotFound` for an inode that is gone, `StaleInode` for another generation.
+    Raises `StaleInode` for an inode that is gone, or of another generation: `NotFound` is said of
+    names alone (`csvfs.host.answers`).
     """
 
     __slots__ = ("_engine", "_generation", "_ino", "_lock", "_mode", "_named", "_shared_here")
@@ -195,7 +196,7 @@ class Engine:
         """Nobody vouches for this number: believe what lies there only if the map says that it
         is metadata, since a guest may have written what looks like an inode.
 
-        Without a generation an inode that lost its last name is nobody's, and not found.
+        Without a generation an inode that lost its last name is nobody's, and gone.
         """
         geometry, groups = self.scope.geometry, self.scope.groups
         if geometry.holds(ino):
@@ -211,7 +212,7 @@ class Engine:
                         return inode
         # The block is nobody's, or about to be: who gets it next knows nothing of this lock.
         self.store.cache.forget_clean(ino)
-        raise NotFound(f"there is no inode {ino}")
+        raise StaleInode(f"there is no inode {ino} any more")
 
     # -- bodies ----------------------------------------------------------------------------
     async def look(self, body: Callable[[BlockReader], T]) -> T:

@@ -25,7 +25,7 @@ from typing import Final
 import trio
 
 from csvfs.engine.engine import Engine
-from csvfs.errors import FilesystemError, NotFound, StaleInode
+from csvfs.errors import FilesystemError, StaleInode
 from csvfs.journal.transaction import BlockKey
 from csvfs.namespace.inode import Attributes, attributes_of
 from csvfs.namespace.inode_table import InodeState
@@ -51,7 +51,7 @@ class Glance:
     async def attributes(self, ino: int, generation: int | None = None) -> Attributes:
         """What stat(2) tells. ``generation`` is from an entry of a directory whose lock is held.
 
-        Raises `NotFound` for an inode that is gone, `StaleInode` for another generation.
+        Raises `StaleInode` for an inode that is gone, or of another generation.
         """
         engine = self._engine
         engine.journal.raise_if_failed()
@@ -79,7 +79,7 @@ class Glance:
         if generation is None:
             kept = state is not None and (state.handles or state.orphan)
             if not (found.nlink or kept):
-                raise NotFound(f"inode {found.ino} has lost its last name")
+                raise StaleInode(f"inode {found.ino} has lost its last name")
             generation = state.generation if state is not None and known else found.generation
         if found.generation != generation:
             raise StaleInode(

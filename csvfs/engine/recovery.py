@@ -25,7 +25,7 @@ from csvfs.data.reclaim import Reclaimer
 from csvfs.data.truncation import Truncation
 from csvfs.engine.change import Change
 from csvfs.engine.engine import Engine, Held
-from csvfs.errors import Damaged, NotFound, StaleInode
+from csvfs.errors import Damaged, StaleInode
 from csvfs.journal.transaction import BlockReader
 from csvfs.namespace.inode import Inode
 from csvfs.ondisk.inode import ORPHAN_VALUE, OrphanKind
@@ -87,7 +87,7 @@ class Recovery:
                     retired += 1
                 else:
                     adopted += 1
-            except (Damaged, NotFound, StaleInode) as error:
+            except (Damaged, StaleInode) as error:
                 _log.error("orphan %d of slot %d stays: %s", orphan.ino, slot, error)
                 left += 1
         if slot == self._engine.scope.slot:
@@ -115,7 +115,7 @@ class Recovery:
         try:
             async with self._locked(orphan) as state:
                 await self._truncation.finish_locked(state, slot)
-        except (NotFound, StaleInode) as error:
+        except StaleInode as error:
             _log.info("orphan %d of slot %d is gone: %s", orphan.ino, slot, error)
         await self._engine.change(
             lambda change: change.settle_truncation(orphan.ino, slot), privileged=True

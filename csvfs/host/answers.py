@@ -3,6 +3,28 @@
 `Answers.to` turns whatever a volume raised into the `FUSEError` that its caller sees. Errors of
 the filesystem have their errno in a table. Anything else is a bug: it is logged with its
 traceback and answered EIO, because an exception that leaves a handler ends the mount.
+
+ENOENT or ESTALE. Between the LOOKUP that gave the kernel an inode number and the request that uses
+it another host may have removed the inode, by a rename over the name, too. Who had a path in hand
+must not be told ENOENT, for the name may always have been there. ESTALE makes the kernel walk the
+path once more (Linux, retry_estale), and what is really gone is ENOENT then. So ENOENT is said of
+names, ESTALE of numbers:
+
+    request                                     of what                             gone
+    lookup, unlink, rmdir, rename               the name                            ENOENT
+    the same, and mkdir, mknod, symlink,        the directory they go by, removed
+      create; link                                by another host                   ESTALE
+                                                  by this host                      ENOENT
+    open, opendir, getattr, setattr, readlink,  the inode
+      getxattr, setxattr, listxattr,
+      removexattr, link (what is linked)                                            ESTALE
+    readdir                                     the open directory                  ENOENT
+    read, write, fsync, release                 an open file is never gone          -
+
+A directory that this host removed is in the kernel's hands: nothing walks through it. What readdir
+answers is what getdents(2) tells of a removed directory; nobody walks a path then. Whoever works
+without a path (a working directory, an O_PATH descriptor) whose inode another host removed is
+told ESTALE in the end, as on NFS.
 """
 
 from __future__ import annotations

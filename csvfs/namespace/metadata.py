@@ -37,7 +37,7 @@ class Metadata:
         self._truncation = truncation
 
     async def getattr(self, ino: int) -> Attributes:
-        """What stat(2) tells. Raises `NotFound`, `StaleInode`."""
+        """What stat(2) tells. Raises `StaleInode`."""
         return await self._glance.attributes(ino)
 
     async def setattr(self, ino: int, changes: SetAttributes) -> Attributes:

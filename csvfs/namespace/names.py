@@ -115,7 +115,7 @@ class Namespace:
                 continue
             if before is None:
                 raise NotFound(f"directory {parent}, above {ino}, is not there")
-            with suppress(NotFound, StaleInode):
+            with suppress(NotFound, StaleInode):  # removed, and perhaps freed
                 async with engine.looking(parent, before, named=False) as above:
                     return attributes_of(require_present(require_directory(above)))
             parent = 0
@@ -125,7 +125,7 @@ class Namespace:
         try:
             async with self._engine.looking(ino) as state:
                 return state.fields().generation
-        except NotFound:
+        except StaleInode:
             return None
 
     async def _find(self, directory: InodeState, name: bytes) -> Entry:
@@ -150,6 +150,12 @@ class Namespace:
         An entry that is there all the time is seen once, whatever comes and goes meanwhile.
         Raises `NotFound` for a directory that was removed, as Linux does (IS_DEADDIR).
         """
+        try:
+            return await self._read_directory(ino, cookie, limit)
+        except StaleInode as error:  # another node removed it
+            raise NotFound(f"directory {ino} was removed") from error
+
+    async def _read_directory(self, ino: int, cookie: int, limit: int) -> list[DirectoryEntry]:
         found: list[DirectoryEntry] = []
         if cookie < DOT_COOKIE and limit > 0:
             here = await self.lookup(ino, DOT)
@@ -224,7 +230,7 @@ class Namespace:
             return attributes_of(await self._engine.change(body))
 
     async def link(self, ino: int, parent: int, name: bytes) -> Attributes:
-        """A further name for an inode. Raises `NotPermitted` for a directory, `NotFound` for an
+        """A further name for an inode. Raises `NotPermitted` for a directory, `StaleInode` for an
         inode without a name, `TooManyLinks`, and as `mkdir`."""
         check_name(name)
 
@@ -232,7 +238,7 @@ class Namespace:
             directory, inode = change.inode(parent), change.inode(ino)
             require_absent(change, directory, name)
             if inode.nlink == 0:
-                raise NotFound(f"inode {ino} has lost its last name")
+                raise StaleInode(f"inode {ino} has lost its last name")
             if inode.nlink >= MAX_LINKS:
                 raise TooManyLinks(f"inode {ino} has {inode.nlink} names")
             inode.nlink += 1

@@ -48,7 +48,7 @@ class OpenFiles:
     async def open(self, ino: int, flags: int, uid: int) -> Handle:
         """A handle for open(2) with ``flags``; O_TRUNC is carried out, O_CREAT is not.
 
-        Raises `IsADirectory`, `NotFound`, `InvalidArgument` for what is no regular file.
+        Raises `IsADirectory`, `StaleInode`, `InvalidArgument` for what is no regular file.
         """
         handle, _ = await self._open(ino, None, flags, uid)
         return handle

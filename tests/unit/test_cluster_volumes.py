@@ -10,7 +10,7 @@ from random import Random
 import pytest
 import trio
 
-from csvfs.errors import NotFound
+from csvfs.errors import NotFound, StaleInode
 from csvfs.namespace.inode import SetAttributes
 from lockmgr.modes import Mode
 from tests.cluster_volumes import Node, NodeDied, cluster_volumes, in_virtual_time
@@ -119,7 +119,7 @@ async def test_what_another_node_removed_is_gone_here() -> None:
         await one.volume.forget(handle.ino, 1)
         with pytest.raises(NotFound):
             await two.volume.lookup(ROOT, b"f")
-        with pytest.raises(NotFound):
+        with pytest.raises(StaleInode):
             await two.volume.getattr(found.ino)
 
 

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import trio
 
-from csvfs.errors import NotFound
+from csvfs.errors import StaleInode
 from csvfs.namespace.inode import Attributes
 from lockmgr.messages import Blocking, Lower
 from tests.cluster_volumes import Node, cluster_volumes, in_virtual_time
@@ -106,8 +106,8 @@ async def test_a_glance_at_what_another_node_is_removing() -> None:
                 await trio.sleep(0.0005 * number)
                 try:
                     assert (await two.volume.getattr(found.ino)).generation == found.generation
-                except NotFound:
+                except StaleInode:
                     pass
-            with pytest.raises(NotFound):
+            with pytest.raises(StaleInode):
                 await two.volume.getattr(found.ino)
             await two.volume.forget(found.ino, 1)

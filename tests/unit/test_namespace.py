@@ -163,7 +163,7 @@ async def test_a_removed_directory_takes_no_new_names() -> None:
         with pytest.raises(errors.NotFound):
             await volume.rename(ROOT, b"dir", gone, b"dir")
         await volume.forget(gone, 1)
-        with pytest.raises(errors.NotFound):
+        with pytest.raises(errors.StaleInode):
             await volume.getattr(gone)
 
 
@@ -352,12 +352,12 @@ async def test_what_a_guest_writes_is_never_an_inode() -> None:
         await volume.write(handle, 0, bytes(forged) * BLOCKS_PER_UNIT)
         assert bytes(lun.blocks[data]) == bytes(forged)
         for call in (volume.getattr(data), volume.open(data, RDWR, 0), volume.listxattr(data)):
-            with pytest.raises(errors.NotFound):
+            with pytest.raises(errors.StaleInode):
                 await call
         await volume.release(handle)
 
 
-async def test_numbers_that_are_no_inode_are_not_found() -> None:
+async def test_numbers_that_are_no_inode_are_stale() -> None:
     async with fresh_volume() as volume:
         directory = (await mkdir(volume, b"home")).ino
         for i in range(200):
@@ -367,7 +367,7 @@ async def test_numbers_that_are_no_inode_are_not_found() -> None:
         ]
         assert tree_nodes
         for number in (0, 7, 10**12, *tree_nodes):
-            with pytest.raises(errors.NotFound):
+            with pytest.raises(errors.StaleInode):
                 await volume.getattr(number)
 
 

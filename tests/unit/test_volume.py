@@ -77,14 +77,14 @@ async def test_an_unlinked_file_lives_while_it_is_open_or_known() -> None:
         assert bytes(await volume.read(second, 0, 10)) == b"alive"
         await volume.write(second, UNIT, b"still")
         assert (await volume.getattr(second.ino)).nlink == 0
-        with pytest.raises(errors.NotFound):
+        with pytest.raises(errors.StaleInode):
             await volume.link(second.ino, ROOT, b"again")
         await volume.release(second)
         assert (await volume.getattr(second.ino)).size == UNIT + 5
         third = await volume.open(second.ino, RDWR, 0)
         await volume.release(third)
         await volume.forget(second.ino, 1)
-        with pytest.raises(errors.NotFound):
+        with pytest.raises(errors.StaleInode):
             await volume.getattr(second.ino)
         await volume.reclaimer.drain()
         assert (await volume.statfs()).free_blocks == empty.free_blocks
