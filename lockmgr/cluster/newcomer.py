@@ -72,6 +72,7 @@ class _Search:
     """What a newcomer knows while it asks."""
 
     silence: Silence
+    began: float
     slot: int | None = None
     sequence: int = 0
     first_beats: dict[NodeId, int] | None = None
@@ -79,7 +80,7 @@ class _Search:
 
 def join(st: NodeState) -> Steps[None]:
     """Until this node is listed and its paths are open. Raises `Stopped`."""
-    search = _Search(Silence(st.settings))
+    search = _Search(Silence(st.settings), st.now)
     while st.me is None:
         key = st.keys.newcomer(st.rng.getrandbits(64))
         st.own_keys.add(key)
@@ -123,7 +124,7 @@ def _attempt(st: NodeState, search: _Search, key: int, survey: Surveyed) -> Step
             if knocked.answered or st.slept_at > asked_at:
                 search.silence.broken()
                 quiet = False
-    if may_succeed(st, survey, quiet=quiet):
+    if may_succeed(st, survey, quiet=quiet, watched_s=st.now - search.began):
         yield from _succeed(st, key, survey)
     else:
         yield from _request(st, search, key, survey.view, blocks)
@@ -147,8 +148,15 @@ def _is_own(st: NodeState, view: View, node: NodeId) -> bool:
     return (entry.node_name, entry.machine_id) == (st.identity.node_name, st.identity.machine_id)
 
 
-def may_succeed(st: NodeState, survey: Surveyed, *, quiet: bool) -> bool:
-    """Whether the newcomer may take the reservation now."""
+def may_succeed(
+    st: NodeState, survey: Surveyed, *, quiet: bool, watched_s: float = float("inf")
+) -> bool:
+    """Whether the newcomer may take the reservation now. ``watched_s``: for how long no listed
+    node of this host's name was seen to live.
+
+    A name and a machine id of another boot may be those of a copy of this host's system disk,
+    which lives and has a lock file of its own.
+    """
     view, holder = survey.view, survey.holder_key
     if quiet:
         return True
@@ -156,6 +164,9 @@ def may_succeed(st: NodeState, survey: Surveyed, *, quiet: bool) -> bool:
         return False
     if view.listed:
         if not all(_is_own(st, view, node) for node in view.listed):
+            return False
+        boots = {view.slots[node.slot].boot_id for node in view.listed}
+        if boots != {st.identity.boot_id} and watched_s < st.settings.claimed_dead_s:
             return False
         owner = st.keys.owner(holder)
         return (

@@ -24,11 +24,15 @@ BEGIN_S = 1000.0
 class Host:
     """One daemon."""
 
-    def __init__(self, world: World, name: str, number: int, life: int) -> None:
+    def __init__(self, world: World, name: str, number: int, life: int, boot: int) -> None:
         self.world = world
         self.name = name
         identity = Identity(
-            name, bytes([number] * 16), bytes(16), bytes([number, life] * 16), (f"{name}:7000",)
+            name,
+            bytes([number] * 16),
+            bytes([boot] * 16),
+            bytes([number, life] * 16),
+            (f"{name}:7000",),
         )
         self.member = Member(identity, world.settings, KEYS, Random(number * 100 + life))
         self.newcomer: Session | None = None

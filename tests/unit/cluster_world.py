@@ -138,11 +138,11 @@ class World:
         return "\n".join([*sorted(lines)[-60:], f"LUN: {self.lun.view}"])
 
     # -- what tests do -------------------------------------------------------------------------
-    def host(self, name: str) -> Host:
-        """A new daemon on the host with that name; it starts at once."""
+    def host(self, name: str, boot: int = 0) -> Host:
+        """A new daemon on the host with that name; it starts at once. ``boot``: its boot id."""
         number = self._numbers.setdefault(name, len(self._numbers) + 1)
         life = self._lives[name] = self._lives.get(name, 0) + 1
-        host = Host(self, name, number, life)
+        host = Host(self, name, number, life, boot)
         self.hosts.append(host)
         host.give(Start())
         return host

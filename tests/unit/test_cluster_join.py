@@ -67,6 +67,29 @@ def test_own_dead_only_member_is_succeeded_at_once() -> None:
     assert second.when(DepartedMayBeGranted, NodeId(0, 1))  # its host says that it is dead
 
 
+def test_own_dead_of_another_boot_is_looked_at_first() -> None:
+    world = World()
+    (first,) = world.cluster(1)
+    world.kill(first)
+    second = world.host("host0", boot=1)
+    assert 2.0 <= world.run_until(lambda: is_active(second), 10) < 4.0
+    assert second.when(DepartedMayBeGranted, NodeId(0, 1))
+
+
+def test_copy_of_a_living_host_takes_nothing() -> None:
+    """Name and machine id came with the copy of a system disk; its lock file is its own."""
+    world = World()
+    (first,) = world.cluster(1)
+    copy = world.host("host0", boot=1)
+    world.run_until(lambda: copy.stopped is not None, 10)
+    assert copy.stopped is not None
+    assert copy.stopped.reason is StopReason.REFUSED
+    assert "member already" in copy.stopped.words
+    assert not copy.when(Take)
+    world.run(5)
+    assert is_active(first) and first.member.is_coordinator
+
+
 def test_dead_cluster_is_succeeded_after_silence() -> None:
     world = World()
     hosts = world.cluster(2)

@@ -127,7 +127,7 @@ OUTCOMES: Final[dict[Kind, Outcome]] = {
     Kind.OTHER_HOST: Outcome(
         81,
         f"{_NOTHING_CHANGED} Its virtual machines run on, undisturbed.",
-        "This version mounts a volume on one host at a time: unmount it there first.",
+        "Mount it on each host with --cluster-address, or unmount it there first.",
     ),
     Kind.MOUNT_POINT_MISSING: Outcome(82, "Nothing was mounted.", "Make it: `mkdir -p DIR`."),
     Kind.MOUNT_POINT_NOT_EMPTY: Outcome(
