@@ -76,11 +76,14 @@ class _Seat:
     writer: Running
 
 
-def _with_faults(*kinds: Fault) -> Callable[[Stage], None]:
+def _with_faults(*kinds: Fault, coordinator: bool = False) -> Callable[[Stage], None]:
     def played(stage: Stage) -> None:
         seats = _begin(stage)
-        # From the last host on: host1 made the volume, and takes over what others leave.
-        struck = [(kind, seats[-1 - number % len(seats)]) for number, kind in enumerate(kinds)]
+        # The coordinator first, or last, when it takes over what others leave.
+        office = stage.hosts()[0].status()["coordinator"]
+        order = sorted(seats, key=lambda seat: (seat.host == office) != coordinator)
+        stage.details["coordinator"] = office
+        struck = [(kind, order[number % len(order)]) for number, kind in enumerate(kinds)]
         begun = time.monotonic_ns()
         for kind, seat in struck:
             if kind in _NEEDS_DAEMON and stage.host(seat.host).daemon() is None:
@@ -217,6 +220,10 @@ def _table() -> dict[str, Scenario]:
         least = 2 if one is other else 1
         summary = f"{one} on one host, {other} on another"
         table[f"{one}+{other}"] = Scenario(summary, least, _with_faults(one, other))
+    for kind in Fault:
+        if kind is not Fault.TARGET_RESTART:
+            played = _with_faults(kind, coordinator=True)
+            table[f"{kind}+coordinator"] = Scenario(f"{kind} on the coordinator's host", 2, played)
     table |= {
         "fail-over": Scenario("a writer is frozen; another host takes its file", 2, _fail_over),
         "rejoin": Scenario("fail-over, and the frozen host comes back", 2, _rejoin),
