@@ -1,10 +1,11 @@
 """A node of a volume in a process of its own, that does to its event loop what it is told to.
 
-    python -m tests.pulse_host URL NAME PORT native|python
+    python -m tests.pulse_host URL NAME PORT native|python [HEARTBEAT_S]
 
 Heartbeats also go to PORT of this machine. Commands on standard input, answers as JSON on standard
-output: ``busy S`` computes for S seconds, 0.9 s at a time; ``hang S`` sleeps with the whole loop;
-``status``; ``leave``. What the lease was meanwhile is seen by a thread, 50 times a second.
+output: ``busy S [T]`` computes for S seconds, T (0.9) at a time; ``hang S`` sleeps with the whole
+loop; ``idle S``; ``status``; ``leave``. What the lease was meanwhile is seen by a thread, 50 times a
+second.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from lockmgr.cluster.datagram import encode_heartbeat
 from lockmgr.cluster.peers import Address
 from lockmgr.cluster.pulse import Pulse, PulseWiring, PythonPulse
 from lockmgr.cluster.service import Cluster, open_cluster
+from lockmgr.cluster.settings import Settings
 from redirector.block.reservations import Registration
 from redirector.block.url import open_lun
 
@@ -122,11 +124,11 @@ class Node:
                 pass
 
 
-async def busy(seconds: float) -> None:
+async def busy(seconds: float, stretch_s: float = STRETCH_S) -> None:
     """Again and again, never waiting in between."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        stretch = time.monotonic() + STRETCH_S
+        stretch = time.monotonic() + stretch_s
         while time.monotonic() < stretch:
             pass
         await trio.lowlevel.checkpoint()
@@ -145,7 +147,9 @@ async def obey(cluster: Cluster, log: LeaseLog) -> None:
             word, *arguments = line.decode().split()
             began, began_wall = boottime(), time.time()
             if word == "busy":
-                await busy(float(arguments[0]))
+                await busy(*map(float, arguments))
+            elif word == "idle":
+                await trio.sleep(float(arguments[0]))
             elif word == "hang":
                 time.sleep(float(arguments[0]))  # noqa: ASYNC251 - that is what is asked for
             elif word == "leave":
@@ -166,7 +170,7 @@ async def obey(cluster: Cluster, log: LeaseLog) -> None:
             )
 
 
-async def main(url: str, name: str, port: int, kind: str) -> None:
+async def main(url: str, name: str, port: int, kind: str, heartbeat_s: float = 0.5) -> None:
     lun = open_lun(url, None)
     initiator = f"iqn.2026-11.test:{name}"
     peeked = await peek(lun, initiator)
@@ -203,6 +207,7 @@ async def main(url: str, name: str, port: int, kind: str) -> None:
             peeked.superblock.volume_id,
             on_effect=node.on_effect,
             make_pulse=make_pulse,
+            settings=Settings(heartbeat_s=heartbeat_s),
             rng=SystemRandom(),
         ) as cluster:
             node.cluster = cluster
@@ -214,4 +219,5 @@ async def main(url: str, name: str, port: int, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(partial(main, sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]))
+    url, name, port, kind, *heartbeat = sys.argv[1:]
+    trio.run(partial(main, url, name, int(port), kind, *map(float, heartbeat)))

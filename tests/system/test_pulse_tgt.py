@@ -37,8 +37,11 @@ LEASE_S = 4.0
 class HostProcess:
     """A `tests.pulse_host`."""
 
-    def __init__(self, url: str, name: str, port: int, kind: str = "native") -> None:
+    def __init__(
+        self, url: str, name: str, port: int, kind: str = "native", heartbeat_s: float = 0.5
+    ) -> None:
         command = [sys.executable, "-m", "tests.pulse_host", url, name, str(port), kind]
+        command += [str(heartbeat_s)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
