@@ -4,8 +4,7 @@
 
 Heartbeats also go to PORT of this machine. Commands on standard input, answers as JSON on standard
 output: ``busy S [T]`` computes for S seconds, T (0.9) at a time; ``hang S`` sleeps with the whole
-loop; ``idle S``; ``status``; ``leave``. What the lease was meanwhile is seen by a thread, 50 times a
-second.
+loop; ``idle S``; ``status``; ``leave``. What the lease was meanwhile is seen by a thread.
 """
 
 from __future__ import annotations
