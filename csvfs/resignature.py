@@ -61,7 +61,8 @@ from csvfs.format import (
     view_address,
 )
 from csvfs.journal.block_transfer import write_extent
-from csvfs.journal.replay import JournalDamaged, initialise_journal
+from csvfs.journal.record import JournalPlace
+from csvfs.journal.replay import JournalDamaged, initialise_journal, read_header
 from csvfs.membership.fixed_area import read_slot_blocks, read_view_copies
 from csvfs.membership.slot_start import journal_place, replay_slot
 from csvfs.mkfs import FormatOptions, plan_superblock, stored_device_id
@@ -261,8 +262,29 @@ class _Pass:
             blocks[at : at + BLOCK_BYTES] = block
         await write_extent(self.device, SLOT_AREA, blocks)
         for slot, incarnation in incarnations.items():
-            # The records in the ring are of the former id, so that sequences may begin anew.
-            await initialise_journal(self.device, journal_place(superblock, slot), incarnation)
+            place = journal_place(superblock, slot)
+            await initialise_journal(
+                self.device,
+                place,
+                incarnation,
+                first_sequence=await self._next_sequence(place),
+            )
+
+    async def _next_sequence(self, place: JournalPlace) -> int:
+        """Beyond all records in the ring: they are of the former id, but where the one that is next
+        should be they would pass for it, damaged.
+
+        The headers that are left may be older ones, if this step was cut off before; from the tail
+        of any of them on there are never more records than the ring has blocks.
+        """
+        tails = []
+        for volume_id in (self.superblock.former_volume_id, place.volume_id):
+            try:
+                header, _ = await read_header(self.device, replace(place, volume_id=volume_id))
+            except BadBlock:
+                continue
+            tails.append(header.tail_sequence + place.ring_blocks)
+        return max(tails, default=self.now_ns >> 20)  # as `csvfs.check` gives a journal up
 
     async def _write_views(self, view: View, incarnations: dict[int, int]) -> None:
         """One in each copy, the older copy first: torn, it leaves the other."""

@@ -18,8 +18,10 @@ from csvfs.format import (
     ViewSlot,
     ViewSlotFlag,
 )
+from csvfs.journal.replay import read_header
 from csvfs.membership.fixed_area import read_superblock, read_view
 from csvfs.membership.seat import Seat, seat_block
+from csvfs.membership.slot_start import journal_place
 from csvfs.namespace.inode import Attributes
 from csvfs.volume import Volume
 from redirector.block.device import BlockDevice, InitiatorPort
@@ -48,6 +50,16 @@ class InUse:
     files: Files
     """All of them acknowledged, many in the journal only."""
 
+    @property
+    def last_sequence(self) -> int:
+        """Of any record that the ring holds."""
+        geometry = self.superblock.geometry
+        first = geometry.journal(SLOT)
+        ring = (self.lun.blocks.get(first + n, b"") for n in range(2, geometry.journal_blocks))
+        kind = fmt.BlockType.JOURNAL_RECORD
+        records = [b for b in ring if b[:4] == fmt.MAGIC and fmt.block_type(b) == kind]
+        return max(map(fmt.block_version, records))
+
     def copy(self, *, record: bool = False, device_id: bytes = COPY_ID) -> SimulatedLun:
         """As the array makes one: another device."""
         lun = self.lun.crashed(keep=lambda _: True, record=record)
@@ -69,12 +81,16 @@ async def volume_in_use() -> InUse:
         async with mounted(device, superblock) as (volume, _):
             await _fill(volume)
             files = await contents(volume)
+            last = await create(volume, b"last")  # in the journal only, whatever came home
+            await volume.write(last, 0, b"the last")
             await volume.sync()
+            files[b"/last"] = b"the last"
+            moment = lun.crashed(keep=lambda _: True)
             raise _Vanish
     except* _Vanish:
         lun.close_session(device)
-    await _list_node(lun, superblock)
-    return InUse(lun, superblock, files)
+    await _list_node(moment, superblock)
+    return InUse(moment, superblock, files)
 
 
 async def _fill(volume: Volume) -> None:
@@ -166,6 +182,8 @@ async def assert_own_volume(lun: SimulatedLun, used: InUse, former: Superblock) 
     entry = view.slots[SLOT]
     assert (entry.incarnation, entry.flags) == (1, ViewSlotFlag.JOURNAL_USED)
     assert not entry.node_name and view.epoch > EPOCH
+    header, _ = await read_header(device, journal_place(superblock, SLOT))
+    assert header.tail_sequence > used.last_sequence, "records of the former id pass for damaged"
     await _assert_clean(device, superblock, trouble is not None)
     async with mounted(device, superblock, incarnation=2) as (volume, _):
         assert await contents(volume) == used.files

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
-import trio
 from trio.testing import MockClock
 
 from csvfs import format as fmt
@@ -33,7 +32,15 @@ from redirector.block.device import BlockError, InitiatorPort, OutcomeUnknown
 from redirector.block.keys import PathKey, is_newcomer, newcomer_key
 from redirector.block.simulated import SimulatedLun
 from redirector.block.simulated_faults import Command
-from tests.crash import CrashReport, CrashRun, Cut, cut_everywhere, record_workload, show
+from tests.crash import (
+    CrashReport,
+    CrashRun,
+    Cut,
+    cut_everywhere,
+    deterministic_run,
+    record_workload,
+    show,
+)
 from tests.simulated_volume import LUN_BYTES, PORT
 from tests.unit.copied_volume import (
     COPY_ID,
@@ -58,7 +65,7 @@ def used() -> InUse:
     async def make() -> None:
         found.append(await volume_in_use())
 
-    trio.run(make)
+    deterministic_run(make, seed=1)
     return found[0]
 
 
