@@ -76,6 +76,8 @@ class Model:
             return parent
         if name == b"..":
             assert parent.parent is not None
+            if parent.nlink == 0:
+                raise errors.NotFound  # a directory that was removed is below nothing
             return parent.parent
         check_name(name)
         if name not in parent.names:
