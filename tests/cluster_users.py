@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
 from random import Random
 from struct import Struct
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import trio
 
@@ -25,6 +26,8 @@ from csvfs.namespace.inode import Attributes, SetAttributes
 from csvfs.namespace.rename import EXCHANGE, NOREPLACE
 from tests.cluster_volumes import Cluster, Node, NodeDied
 from tests.simulated_volume import ROOT
+
+T = TypeVar("T")
 
 RECORD: Final = Struct(">QQ")
 RECORD_BYTES: Final = 1536
@@ -81,13 +84,26 @@ class Promises:
             self.verified += len(self.synced[key])
 
 
+class Host(Protocol):
+    """Where a program runs: a `Node`, or what is like it. ``call`` as there."""
+
+    volume: Any
+
+    async def call(self, method: Callable[..., Awaitable[T]], *args: Any) -> T: ...
+
+
 class Program:
     """One program on one node; its kernel's lookups are counted as a kernel's would be."""
 
+    patience_s = 60.0
+    """A call that takes longer hangs."""
+    pauses_s: tuple[float, ...] = (0, 0, 0.001, 0.01)
+    """Between two steps."""
+
     def __init__(
-        self, node: Node, number: int, rng: Random, counts: Counter[str], promises: Promises
+        self, node: Host, number: int, rng: Random, counts: Counter[str], promises: Promises
     ) -> None:
-        self.node = node
+        self.node: Any = node
         self.volume = node.volume
         self.number = number
         self.rng = rng
@@ -105,17 +121,23 @@ class Program:
         except NodeDied:
             self.counts["died"] += 1
 
+    def goes_on(self) -> bool:
+        """Is it to take another step?"""
+        return True
+
     async def _steps(self, steps: int) -> None:
         actions = [getattr(self, name) for name in dir(self) if name.startswith("do_")]
         for _ in range(steps):
+            if not self.goes_on():
+                break
             action = self.rng.choice(actions)
             try:
-                with trio.fail_after(60):
+                with trio.fail_after(self.patience_s):
                     await action()
                 self.counts[action.__name__] += 1
             except EXPECTED as error:
                 self.counts[f"{action.__name__}: {type(error).__name__}"] += 1
-            await trio.sleep(self.rng.choice((0, 0, 0.001, 0.01)))
+            await trio.sleep(self.rng.choice(self.pauses_s))
         for handle in self.open:
             await self.volume.release(handle)
         for ino, count in self.known.items():
@@ -236,7 +258,7 @@ class Program:
         await self.volume.statfs()
 
 
-async def read_all(node: Node, promises: Promises, ino: int = ROOT) -> None:
+async def read_all(node: Host, promises: Promises, ino: int = ROOT) -> None:
     """Walk the tree and read every file: what stands there fits together."""
     volume: Any = node.volume
     cookie = 2
