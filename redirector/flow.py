@@ -276,7 +276,7 @@ class Flow:
         retained = self.retained
         if retained is None or not len(retained):
             return
-        log.warning("writing %d bytes again", retained.size_bytes)
+        log.info("writing %d bytes again", retained.size_bytes)
         self.trouble = "writing again what the target may have forgotten"
         mark = retained.mark()
         for offset_bytes, piece in retained.newest():

@@ -1,0 +1,98 @@
+"""Three hosts on one LUN, and what breaks them: the scenarios of `csvctl lab run` that must hold.
+
+Each is judged by the lab itself (nothing lost, stale or late, no error that a program should not
+see, `csvctl check` clean). Here also: how long a program on a host that lives may have had to wait,
+and that nobody is warned of what is as it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from csvctl.lab import state
+from csvctl.lab.faults import Fault
+from csvctl.lab.host import Host
+from tests.system.test_lab import Lab
+
+pytestmark = [pytest.mark.system, pytest.mark.full]
+
+NOTICED_S = 3.0
+"""A machine that is busy with other things, and the fence, the replay, the recovery of locks."""
+SILENCE_S = 6.0
+"""--evict-after."""
+SPREAD_S = 2.5
+LEASE_S = 5.0
+HOLD_S = 4.0
+"""How long the lab leaves a SAN link cut."""
+PAUSES_S = {
+    "quiet": NOTICED_S,
+    "kill+coordinator": NOTICED_S,
+    Fault.FREEZE: SILENCE_S + NOTICED_S,
+    "power-off+coordinator": SILENCE_S + NOTICED_S,
+    # Who is cut off from its peers alone shows life on the LUN until it is fenced.
+    "net-cut+coordinator": SILENCE_S + SPREAD_S + LEASE_S + NOTICED_S,
+    Fault.SAN_CUT: HOLD_S + NOTICED_S,
+    Fault.SAN_RESET: HOLD_S + NOTICED_S,
+    Fault.TARGET_RESTART: NOTICED_S + 2,
+    "san-cut+san-cut": HOLD_S + NOTICED_S,
+    "kill+freeze": SILENCE_S + LEASE_S + NOTICED_S,
+    "rejoin": NOTICED_S,
+}
+EXPECTED = ("the OOM killer may take", "the daemon is not fully protected")
+"""Of a container, whose root may not do everything."""
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    parent = Path(tempfile.mkdtemp(prefix="csvlab-"))
+    made = Lab(parent / "lab")
+    try:
+        made("up", "--hosts", "3", "--size", "1G")
+        yield made
+    finally:
+        for place in state.known().values():
+            if place == made.directory:
+                made("down")
+        shutil.rmtree(parent)
+
+
+@pytest.fixture
+def whole(lab: Lab) -> Lab:
+    """What the test before broke and left is no trouble of this one."""
+    for each in lab.status()["hosts"]:
+        if each["mount"] != "mounted" or each["faults"]:
+            lab("heal", each["name"])
+    return lab
+
+
+def hosts(lab: Lab) -> list[Host]:
+    found = state.read(lab.directory)
+    return [Host(found, each) for each in found.hosts]
+
+
+@pytest.mark.parametrize("scenario", list(PAUSES_S))
+def test_scenario(whole: Lab, scenario: str) -> None:
+    logs = {host.name: host.log.stat().st_size for host in hosts(whole)}
+    result = json.loads(whole("run", scenario, "--json"))
+    assert result["ok"], result
+    assert result["max_pause_s"] <= PAUSES_S[scenario], result
+    if scenario == "quiet":  # everybody also leaves, and comes back
+        for host in hosts(whole):
+            said = host.log.read_bytes()[logs[host.name] :].decode()
+            assert not troubles(said), f"{host.name} warns of what is as it should be"
+
+
+def troubles(said: str) -> list[str]:
+    """What a human should look at."""
+    return [
+        line
+        for line in said.splitlines()
+        if not any(words in line for words in EXPECTED)
+        and any(f" {level} " in line for level in ("WARNING", "ERROR", "CRITICAL"))
+    ]
