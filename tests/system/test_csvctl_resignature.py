@@ -158,3 +158,17 @@ def test_bad_input(host: Host, tgt: Tgt) -> None:
     empty = tgt.add_lun(64 << 20)
     host.csvctl("resignature", tgt.lun_url(empty), code=OUTCOMES[Kind.NOT_CSVFS].code)
     assert digest(tgt.backing(lun)) == before
+
+
+def test_a_file_is_a_lun_too(host: Host) -> None:
+    first, second = host.directory / "lun", host.directory / "copy"
+    with first.open("wb") as file:
+        file.truncate(LUN_BYTES)
+    host.format(f"file://{first}")
+    with host.mounted(f"file://{first}") as mnt:
+        contents = fill(mnt)
+        second.write_bytes(first.read_bytes())
+    host.csvctl("resignature", f"file://{second}")
+    with host.mounted(f"file://{second}") as mnt:
+        assert found(mnt) == contents
+    assert "the volume is clean" in host.csvctl("check", f"file://{second}").stdout
