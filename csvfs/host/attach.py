@@ -39,6 +39,7 @@ from csvfs.volume import Volume
 from lockmgr.cluster.blocks import Identity
 from lockmgr.cluster.boottime import wall_offset_ns
 from lockmgr.cluster.certificates import make_credentials
+from lockmgr.cluster.effects import StopReason
 from lockmgr.cluster.peers import Address, parse_address
 from lockmgr.cluster.service import Cluster
 from lockmgr.cluster.status import NodeStatus
@@ -213,9 +214,20 @@ async def attach(
         async with _member(lun, peeked, settings, reporter, will_fd) as member:
             reporter.step("waiting for the other hosts of the volume")
             with starting.stage():
-                await member.node.wait_serving()
+                await _wait_serving(member)
             async with serving_volume(member, peeked.superblock) as volume:
                 yield Attached(peeked, member, volume, settings.initiator)
+
+
+async def _wait_serving(member: ClusterMember) -> None:
+    """Raises `Problem` if this host is not let in, `VolumeFailed` if it cannot go on."""
+    try:
+        await member.node.wait_serving()
+    except VolumeFailed as failure:
+        stop = member.cluster.stopped
+        if stop is None or stop.reason is not StopReason.REFUSED:
+            raise
+        raise Problem(Kind.OTHER_HOST, stop.words) from failure
 
 
 async def _refuse_unreachable(

@@ -132,7 +132,15 @@ class Beats:
 
 
 async def bind(listen: Address, cluster_id: bytes) -> tuple[list[trio.SocketListener], Beats]:
-    """TCP and UDP on the same port; port 0: one that is free for both. Raises OSError."""
+    """TCP and UDP on the same port; port 0: one that is free for both. Raises OSError, which names
+    the address."""
+    try:
+        return await _bind(listen, cluster_id)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen at {listen}: {error.strerror}") from error
+
+
+async def _bind(listen: Address, cluster_id: bytes) -> tuple[list[trio.SocketListener], Beats]:
     if len(cluster_id) != CLUSTER_ID_BYTES:
         raise ValueError(f"a cluster id has {CLUSTER_ID_BYTES} bytes, not {len(cluster_id)}")
     for left in reversed(range(PORT_TRIES)):

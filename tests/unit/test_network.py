@@ -11,15 +11,18 @@ from itertools import pairwise
 import pytest
 import trio
 
+from lockmgr.cluster.beats import bind
 from lockmgr.cluster.blocks import Heartbeat
 from lockmgr.cluster.events import BeatHeard
 from lockmgr.cluster.messages import AskLease, LeaseGiven
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.network_settings import NetworkSettings
 from lockmgr.cluster.pair import Backoff
+from lockmgr.cluster.peers import Address
 from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId
 from tests.unit.network_nodes import (
     HASTY,
+    ID,
     Node,
     open_node,
     open_relay,
@@ -370,3 +373,12 @@ def test_backoff() -> None:
     assert len({round(b - a, 6) for a, b in pairwise(pauses[10:])}) > 30, "not in step"
     backoff.reset()
     assert backoff.next() <= 1.5 * settings.redial_first_s
+
+
+async def test_an_address_that_cannot_be_had_is_named() -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        address = Address("127.0.0.1", busy.getsockname()[1])
+        with pytest.raises(OSError, match=f"cannot listen at {address}: .* in use"):
+            await bind(address, ID)
