@@ -32,7 +32,7 @@ from typing import Any, Final
 
 from lockmgr.carried import Carried
 from lockmgr.cluster.codec import WireError
-from lockmgr.messages import GlimpseAnswer, Reassert, Waits
+from lockmgr.messages import GlimpseAnswer, Glimpses, Reassert, Waits
 from lockmgr.ranges_messages import RangeReassert, RangeWaits
 from lockmgr.snapshot_messages import LocksPart
 
@@ -72,6 +72,10 @@ Control = Resume | Confirmed | Skipped
 """What the two ends of a channel say to each other."""
 
 _SIZES: Final[dict[type, Callable[[Any], int]]] = {
+    Glimpses: lambda message: (
+        USUAL_BYTES * (1 + len(message.asked) + len(message.probes))
+        + sum(USUAL_BYTES + len(answer or b"") for _, _, answer in message.answers)
+    ),
     GlimpseAnswer: lambda message: USUAL_BYTES + len(message.answer or b""),
     Reassert: lambda message: USUAL_BYTES * (1 + len(message.held) + len(message.mastered)),
     Waits: lambda message: (

@@ -41,8 +41,18 @@ from lockmgr.events import (
     ViewChanged,
 )
 from lockmgr.gather import Gathering, Teller
+from lockmgr.glimpses import bundle, unbundle
 from lockmgr.mastering import Choose, Mastering, rendezvous
-from lockmgr.messages import Blocking, Deadlocks, MasterBound, NodeBound, Recovering, Waits, Working
+from lockmgr.messages import (
+    Blocking,
+    Deadlocks,
+    Glimpses,
+    MasterBound,
+    NodeBound,
+    Recovering,
+    Waits,
+    Working,
+)
 from lockmgr.node import NodeLocks
 from lockmgr.ranges_core import RangeCore
 from lockmgr.ranges_debts import RangeDebts
@@ -182,7 +192,7 @@ class LockCore:
                 pending.extend(self._deliver(effect.message, now))
             else:
                 out.append(effect)
-        return out
+        return bundle(out, self.node) if len(out) > 1 else out
 
     def _view_changed(self, view: ViewChanged, now: float) -> list[Effect]:
         before = self.epoch
@@ -245,6 +255,8 @@ class LockCore:
             return [Send(message.node, self._teller.answer(message, now))]
         if isinstance(message, LocksPart):
             return self._told(message)
+        if isinstance(message, Glimpses):
+            return [e for each in unbundle(message, self.node) for e in self._deliver(each, now)]
         if isinstance(message, Working):
             self.unanswered.heard(message.node, message.resource, now)
             return []

@@ -96,6 +96,13 @@ class Glimpse:
 
 
 @dataclass(frozen=True, slots=True)
+class GlimpseAll:
+    """Many of `Glimpse` at once: few messages (`lockmgr.glimpses`)."""
+
+    asked: tuple[Glimpse, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """The owner's answer to a glimpse."""
 
@@ -103,6 +110,13 @@ class Answered:
     asker: int
     serial: int
     answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredAll:
+    """Many of `Answered` at once."""
+
+    answers: tuple[Answered, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +199,9 @@ Event = (
     | Demoted
     | AwaitDrain
     | Glimpse
+    | GlimpseAll
     | Answered
+    | AnsweredAll
     | TimerDue
     | Deliver
     | Close

@@ -231,15 +231,24 @@ class LockManager:
 
         None: nobody holds them, so acquire the lock instead.
         """
-        self._ticket += 1
-        ticket = self._ticket
-        done, answers = self._glimpses[ticket] = (trio.Event(), [])
+        return (await self.glimpse_all([resource]))[resource]
+
+    async def glimpse_all(self, resources: Iterable[Resource]) -> dict[Resource, bytes | None]:
+        """`glimpse` of each; one message to each master, and one to each holder, for 128 or so."""
+        asked: dict[int, Resource] = {}
+        for resource in dict.fromkeys(resources):
+            self._ticket += 1
+            asked[self._ticket] = resource
+            self._glimpses[self._ticket] = (trio.Event(), [])
+        questions = tuple(events.Glimpse(resource, ticket) for ticket, resource in asked.items())
         try:
-            self._step(events.Glimpse(resource, ticket))
-            await done.wait()
+            self._step(questions[0] if len(questions) == 1 else events.GlimpseAll(questions))
+            for ticket in asked:
+                await self._glimpses[ticket][0].wait()
+            return {asked[ticket]: self._glimpses[ticket][1][0] for ticket in asked}
         finally:
-            del self._glimpses[ticket]
-        return answers[0]
+            for ticket in asked:
+                del self._glimpses[ticket]
 
     def node_holds(self, resource: Resource, mode: Mode) -> bool:
         """Does this node have ``mode`` or more, in use or cached? Then what it allows to cache
@@ -327,6 +336,7 @@ class LockManager:
 
     # -- effects ---------------------------------------------------------------------------
     def _step(self, event: events.Event) -> None:
+        questions: dict[ResourceOwner | None, list[events.Answer]] = {}
         for effect in self.core.step(event, trio.current_time()):
             match effect:
                 case events.Grant(claim):
@@ -340,8 +350,8 @@ class LockManager:
                     self._nursery.start_soon(self._demote, resource, to_mode)
                 case events.Drained(resource, empty):
                     self._drained(resource, empty)
-                case events.Answer():
-                    self._nursery.start_soon(self._answer, effect)
+                case events.Answer(resource):
+                    questions.setdefault(self._owner(resource), []).append(effect)
                 case events.Glimpsed(ticket, answer):
                     self._glimpsed(ticket, answer)
                 case events.Emptied():
@@ -361,6 +371,8 @@ class LockManager:
                     log.debug("of an earlier epoch: %s", message)
                 case _:
                     raise AssertionError(f"{effect} is no effect of a lock manager")
+        for owner, asked in questions.items():
+            self._nursery.start_soon(self._answer, owner, asked)
         due = _or_never(self.core.next_timer())
         if due != self._timer.deadline:
             self._timer.deadline = due
@@ -396,10 +408,12 @@ class LockManager:
         self._drains.pop(resource.name, None)
         self._step(events.Demoted(resource))
 
-    async def _answer(self, question: events.Answer) -> None:
-        owner = self._owner(question.resource)
-        answer = b"" if owner is None else await owner.glimpse(question.resource)
-        self._step(events.Answered(question.resource, question.asker, question.serial, answer))
+    async def _answer(self, owner: ResourceOwner | None, asked: list[events.Answer]) -> None:
+        said = []
+        for each in asked:
+            answer = b"" if owner is None else await owner.glimpse(each.resource)
+            said.append(events.Answered(each.resource, each.asker, each.serial, answer))
+        self._step(said[0] if len(said) == 1 else events.AnsweredAll(tuple(said)))
 
     async def _tick(self) -> None:
         try:

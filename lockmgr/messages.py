@@ -7,7 +7,7 @@ an epoch: whoever carries them numbers them, and sends again what a broken conne
 
     node to master          Request, Cancel, Lower, AskGlimpse, Working
     master to node          Granted, Refused, Blocking, Unblocking, Probe
-    node to node            GlimpseAnswer
+    node to node            GlimpseAnswer, Glimpses
     recovery, all to all    Reassert
     member to coordinator   Reasserted, Suspicion, Waits
     coordinator to member   Thaw, Settled, AskWaits, Victim
@@ -165,6 +165,21 @@ class GlimpseAnswer(Message):
 
     serial: int
     answer: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpses:
+    """Many of `AskGlimpse`, `Probe` and `GlimpseAnswer` at once; ``node`` is the sender.
+
+    ``asked``: resource and serial; ``probes``: resource, asker and serial; ``answers``: resource,
+    serial and answer, of each.
+    """
+
+    epoch: int
+    node: int
+    asked: tuple[tuple[Resource, int], ...] = ()
+    probes: tuple[tuple[Resource, int, int], ...] = ()
+    answers: tuple[tuple[Resource, int, bytes | None], ...] = ()
 
 
 # -- recovery ----------------------------------------------------------------------------------
@@ -354,4 +369,4 @@ MasterBound = Request | Cancel | Lower | AskGlimpse
 NodeBound = Granted | Refused | Blocking | Unblocking | Probe | GlimpseAnswer
 Recovering = Reassert | Reasserted | Thaw | Settled
 Deadlocks = Suspicion | AskWaits | Waits | Victim
-AnyMessage = MasterBound | NodeBound | Recovering | Deadlocks | Working
+AnyMessage = MasterBound | NodeBound | Recovering | Deadlocks | Working | Glimpses

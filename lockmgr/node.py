@@ -25,6 +25,7 @@ from lockmgr.events import (
     Acquire,
     Answer,
     Answered,
+    AnsweredAll,
     AwaitDrain,
     Close,
     Convert,
@@ -34,6 +35,7 @@ from lockmgr.events import (
     Emptied,
     Event,
     Glimpse,
+    GlimpseAll,
     Glimpsed,
     Grant,
     Patience,
@@ -227,6 +229,14 @@ class NodeLocks(Progress):
         self._glimpses[event.ticket] = event.resource
         self._send(AskGlimpse(event.resource, self.epoch, self.node, event.ticket))
 
+    def _glimpse_all(self, event: GlimpseAll) -> None:
+        for each in event.asked:
+            self._glimpse(each)
+
+    def _answered_all(self, event: AnsweredAll) -> None:
+        for each in event.answers:
+            self._answered(each)
+
     def _answered(self, event: Answered) -> None:
         # A lock that was lost meanwhile makes the answer one about the past.
         lock = self.locks.get(event.resource.name)
@@ -385,7 +395,9 @@ _EVENTS: dict[type, Callable[..., None]] = {
     Demoted: NodeLocks._demoted,
     AwaitDrain: NodeLocks._await_drain,
     Glimpse: NodeLocks._glimpse,
+    GlimpseAll: NodeLocks._glimpse_all,
     Answered: NodeLocks._answered,
+    AnsweredAll: NodeLocks._answered_all,
     TimerDue: NodeLocks._timer_due,
     Close: NodeLocks._close,
 }

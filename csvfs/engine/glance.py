@@ -5,20 +5,24 @@ on the LUN. To look at them with a lock of one's own would take the lock from th
 home, a flush, and for an image that a guest runs from a pause. So, as Lustre does with glimpse
 callbacks, who only wants the attributes
 
-    1. takes PR, if it is to be had without anybody giving up anything;
+    1. takes PR, if it is to be had without anybody giving up anything (not tried where a holder
+       answered the last time: it will again);
     2. else asks the holder (`lockmgr.manager.LockManager.glimpse`), which answers from memory if it
        has the file open, or would have to write something to give the lock up;
     3. else, since the holder has no use for the lock, or is no more, waits for PR.
 
 The answer is the inode as it was at a moment between question and answer, so it is never stale.
 
-Concurrency: no task of its own, except one per inode that others hold while many are asked for.
+A listing asks for all its files at once, which is one message to each master and one to each
+holder (`lockmgr.glimpses`); what nobody writes to is then taken one by one.
+
+Concurrency: no task of its own, except some that take locks while many inodes are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from struct import Struct
 from typing import Final
 
@@ -37,7 +41,8 @@ from lockmgr.modes import Mode
 ANSWER: Final = Struct("<QIIIIIQQIqqqq")
 """The fields of `Attributes`, in their order."""
 AT_A_TIME: Final = 64
-"""Questions on their way for one listing."""
+"""Locks that are awaited for one listing."""
+_REMEMBERED: Final = 65536
 
 
 class Glance:
@@ -47,6 +52,8 @@ class Glance:
         self._engine = engine
         self._locks = engine.locks
         self._table = engine.table
+        self._used_elsewhere: set[int] = set()
+        """Inodes of which the node that has them in use answered the last question."""
 
     async def attributes(self, ino: int, generation: int | None = None) -> Attributes:
         """What stat(2) tells. ``generation`` is from an entry of a directory whose lock is held.
@@ -58,15 +65,27 @@ class Glance:
         resource = engine.resources.inode(ino)
         lock = self._locks.try_acquire(resource, Mode.PR, True)
         if lock is None and not self._locks.node_holds(resource, Mode.PR):
-            try:
-                lock = await self._locks.acquire(resource, Mode.PR, True, timeout_s=0)
-            except LockTimeout:
+            if ino not in self._used_elsewhere:
+                with suppress(LockTimeout):
+                    lock = await self._locks.acquire(resource, Mode.PR, True, timeout_s=0)
+            if lock is None:
                 answer = await self._locks.glimpse(resource)
-                if answer:
-                    return self._known(Attributes(*ANSWER.unpack(answer)), generation)
+                found = self._told(ino, generation, answer)
+                if found is not None:
+                    return found
         if lock is None:
             lock = await self._locks.acquire(resource, Mode.PR, True)
         return await self._read(lock, ino, generation)
+
+    def _told(self, ino: int, generation: int | None, answer: bytes | None) -> Attributes | None:
+        """What another node said of an inode; None: its lock is to be had."""
+        if not answer:
+            self._used_elsewhere.discard(ino)
+            return None
+        if len(self._used_elsewhere) >= _REMEMBERED:
+            self._used_elsewhere.clear()
+        self._used_elsewhere.add(ino)
+        return self._known(Attributes(*ANSWER.unpack(answer)), generation)
 
     async def _read(self, lock: Lock, ino: int, generation: int | None) -> Attributes:
         with lock:
@@ -91,9 +110,10 @@ class Glance:
     async def attributes_of_all(self, wanted: Mapping[int, int]) -> dict[int, Attributes]:
         """The attributes of many inodes (number: generation), each at a moment of its own.
 
-        Those whose locks are to be had at once are read together; the others are asked for
-        concurrently, each with none of the others in hand: a file may have names in several
-        directories, so there is no order in which to hold a directory's children.
+        Those whose locks are to be had at once are read together; of the others their holders are
+        asked, all in one; what is left is taken concurrently, each with none of the others in hand:
+        a file may have names in several directories, so there is no order in which to hold a
+        directory's children.
         """
         engine = self._engine
         found: dict[int, Attributes] = {}
@@ -111,10 +131,22 @@ class Glance:
             for ino in at_once:
                 found[ino] = attributes_of((await engine.load(ino, wanted[ino])).fields())
         if len(found) < len(wanted):
-            await self._ask(wanted, sorted(wanted.keys() - found.keys()), found)
+            await self._ask(wanted, found)
+        if len(found) < len(wanted):
+            await self._take(wanted, sorted(wanted.keys() - found.keys()), found)
         return found
 
-    async def _ask(
+    async def _ask(self, wanted: Mapping[int, int], found: dict[int, Attributes]) -> None:
+        locks, resources = self._locks, self._engine.resources
+        asked = {resources.inode(ino): ino for ino in sorted(wanted.keys() - found.keys())}
+        elsewhere = [each for each in asked if not locks.node_holds(each, Mode.PR)]
+        for resource, answer in (await locks.glimpse_all(elsewhere)).items():
+            ino = asked[resource]
+            told = self._told(ino, wanted[ino], answer)
+            if told is not None:
+                found[ino] = told
+
+    async def _take(
         self, wanted: Mapping[int, int], inos: Iterable[int], found: dict[int, Attributes]
     ) -> None:
         waiting = iter(inos)

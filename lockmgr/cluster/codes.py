@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from lockmgr import channel
+from lockmgr import channel, glimpses
 from lockmgr import messages as locks
 from lockmgr import ranges_messages as ranges
 from lockmgr import snapshot_messages as snapshots
@@ -79,8 +79,9 @@ def new_registry() -> Registry:
     registry = Registry()
     for code, kind in _SMALL.items():
         registry.register(kind, code)
-    # A glimpse's answer is as long as the owner makes it: a batch of a directory's files.
+    # A glimpse's answer is as long as the owner makes it.
     registry.register(locks.GlimpseAnswer, 25, limit_bytes=1 << 16)
+    registry.register(locks.Glimpses, 27, limit_bytes=1 << 17, max_items=glimpses.PER_MESSAGE)
     registry.register(locks.Reassert, 32, limit_bytes=1 << 19, max_items=STATES)
     for code, kind in ((33, locks.Reasserted), (34, locks.Thaw), (35, locks.Settled)):
         registry.register(kind, code, limit_bytes=1 << 15, max_items=DEPARTED)

@@ -33,7 +33,15 @@ from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEven
 from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId
 from lockmgr.errors import ProtocolViolation
 from lockmgr.mastering import node_number
-from lockmgr.messages import MasterBound, Reassert, Reasserted, Suspicion, Waits, Working
+from lockmgr.messages import (
+    Glimpses,
+    MasterBound,
+    Reassert,
+    Reasserted,
+    Suspicion,
+    Waits,
+    Working,
+)
 from lockmgr.ranges_messages import RangeMasterBound, RangeSuspicion, RangeWaits
 from lockmgr.snapshot_messages import Snapshots
 
@@ -47,7 +55,7 @@ _CARRIED: Final = frozenset(get_args(Carried))
 _NAMES_SENDER: Final = frozenset(
     (
         *get_args(MasterBound),
-        *(Working, Reassert, Reasserted, Suspicion, Waits),
+        *(Working, Glimpses, Reassert, Reasserted, Suspicion, Waits),
         *get_args(RangeMasterBound),
         *(RangeSuspicion, RangeWaits),
         *get_args(Snapshots),

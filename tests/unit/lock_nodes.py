@@ -215,7 +215,7 @@ class Truth:
             mode = rng.choice((CR, CW, PR, PR, PW, EX, EX))
             timeout_s = rng.choice((None, None, None, 0, 0.02))
             if rng.random() < 0.1:
-                await node.manager.glimpse(resource)
+                assert (await node.manager.glimpse_all(resources)).keys() == set(resources)
             try:
                 lock = await node.manager.acquire(resource, mode, timeout_s=timeout_s)
             except LockTimeout:

@@ -28,6 +28,7 @@ from lockmgr.events import (
     Emptied,
     Event,
     Glimpse,
+    GlimpseAll,
     Glimpsed,
     Grant,
     Patience,
@@ -165,6 +166,14 @@ class Cluster:
         self.asked_glimpses[ticket] = node
         self.step(node, Glimpse(resource, ticket))
         return ticket
+
+    def glimpse_all(self, node: int, resources: Sequence[Resource]) -> list[int]:
+        """All in one step."""
+        first = len(self.asked_glimpses)
+        asked = [Glimpse(resource, first + i) for i, resource in enumerate(resources)]
+        self.asked_glimpses |= {each.ticket: node for each in asked}
+        self.step(node, GlimpseAll(tuple(asked)))
+        return [each.ticket for each in asked]
 
     # -- what owners and the network do ----------------------------------------------------
     def demoted(self, node: int, resource: Resource) -> None:

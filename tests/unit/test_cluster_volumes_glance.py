@@ -77,6 +77,33 @@ async def test_a_listing_of_running_images_disturbs_none_of_them() -> None:
 
 
 @in_virtual_time
+async def test_a_listing_of_running_images_takes_few_messages() -> None:
+    async with cluster_volumes(3) as cluster:
+        one, two, three = cluster.nodes
+        directory = await mkdir(one.volume, b"images")
+        handles = []
+        for number in range(4 * IMAGES):
+            at = (one, two)[number % 2].volume
+            handle = await create(at, b"%d" % number, parent=directory.ino)
+            await at.write(handle, 0, bytes(UNIT + number))
+            handles.append((at, handle))
+        await three.volume.readdir(directory.ino, 0, 1)  # takes the directory itself
+        cluster.sent.clear()
+        entries = await three.volume.readdir(directory.ino, 2, 1000)
+        assert sorted(e.attributes.size for e in entries) == [UNIT + n for n in range(4 * IMAGES)]
+        # Two masters are asked, of which each probes the holders that it is not itself; each holder
+        # answers what each master sent it.
+        assert sum(cluster.sent.values()) <= 8, cluster.sent
+        assert cluster.sent.keys() <= {"Glimpses", "AskGlimpse", "Probe", "GlimpseAnswer"}
+        cluster.sent.clear()
+        for entry in entries:
+            await three.volume.getattr(entry.attributes.ino)
+        assert sum(cluster.sent.values()) <= 3 * len(entries), cluster.sent
+        for at, handle in handles:
+            await at.release(handle)
+
+
+@in_virtual_time
 async def test_what_the_holder_has_no_use_for_is_asked_for_once() -> None:
     async with cluster_volumes(2) as cluster:
         one, two = cluster.nodes

@@ -16,7 +16,7 @@ from lockmgr.modes import Mode
 from lockmgr.settings import Settings
 
 NL, CR, CW, PR, PW, EX = Mode
-A, B = Resource(b"aa", b"p"), Resource(b"bb", b"p")
+A, B, C = Resource(b"aa", b"p"), Resource(b"bb", b"p"), Resource(b"cc", b"p")
 
 
 class Owner:
@@ -421,6 +421,8 @@ async def test_glimpse_asks_the_writers_owner() -> None:
         async with manager.acquire(A, EX), manager.acquire(B, EX):
             assert await manager.glimpse(A) == b"glimpse of aa"
             assert await manager.glimpse(B) == b"", "without an owner"
+            assert await manager.glimpse_all([A, C, B, A]) == {A: b"glimpse of aa", B: b"", C: None}
+            assert await manager.glimpse_all([]) == {}
             with trio.CancelScope() as scope:
                 scope.cancel()
                 await manager.glimpse(A)

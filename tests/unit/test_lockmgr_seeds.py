@@ -130,9 +130,10 @@ class History:
         return f"node {node} has demoted {resource.name!r}"
 
     def _glimpse(self) -> str:
-        node, resource = self.rng.randrange(self.nodes), self.rng.choice(self.resources)
-        self.cluster.glimpse(node, resource)
-        return f"node {node} glimpses {resource.name!r}"
+        node = self.rng.randrange(self.nodes)
+        asked = self.rng.sample(self.resources, self.rng.randint(1, len(self.resources)))
+        self.cluster.glimpse_all(node, asked)
+        return f"node {node} glimpses {[resource.name for resource in asked]}"
 
     def _sleep(self) -> str:
         duration_s = self.rng.choice([0.05, 0.2, 1.0])

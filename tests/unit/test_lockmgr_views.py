@@ -143,9 +143,10 @@ class ChangingHistory:
         return f"node {node} has demoted {resource.name!r}"
 
     def _glimpse(self) -> str:
-        node, resource = self._node(), self.rng.choice(self.resources)
-        self.cluster.glimpse(node, resource)
-        return f"node {node} glimpses {resource.name!r}"
+        node = self._node()
+        asked = self.rng.sample(self.resources, self.rng.randint(1, len(self.resources)))
+        self.cluster.glimpse_all(node, asked)
+        return f"node {node} glimpses {[resource.name for resource in asked]}"
 
     def _sleep(self) -> str:
         duration_s = self.rng.choice([0.05, 0.2, 1.0])
