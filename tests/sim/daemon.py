@@ -20,6 +20,7 @@ from redirector.block.keys import is_newcomer, newcomer_key
 from tests.sim.locking import Locking
 from tests.sim.network import Endpoint
 from tests.sim.paths import Paths, kill_sessions, owner_of
+from tests.sim.pulse import ThreadPulse
 from tests.sim.target import SimTarget
 from tests.sim.words import in_words
 from tests.sim.world import ROUNDING_S, Process
@@ -76,6 +77,8 @@ class Daemon:
         self.lease_until = 0.0
         self.stopped: effects.Stop | None = None
         self.locking = Locking(self)
+        self.pulse = ThreadPulse(self) if rng.random() < 0.5 else None
+        """What sends its heartbeats; None: the event loop does."""
         self._timer_at = float("inf")
         self._tick_missed = False
         self._writing = False
@@ -113,6 +116,8 @@ class Daemon:
         if not self.process.alive:
             return
         self.process.kill()
+        if self.pulse is not None:
+            self.pulse.thread.kill()
         self.cluster.network.leave(self)
         kill_sessions(self.paths, power_off=power_off)
         self.world.trace(self.name, "loses its power" if power_off else "is killed")
@@ -120,9 +125,17 @@ class Daemon:
     def freeze(self) -> None:
         """SIGSTOP."""
         self.process.freeze()
+        if self.pulse is not None:
+            self.pulse.thread.freeze()
+
+    def hang(self) -> None:
+        """The event loop does not come round; threads go on. `thaw` ends it."""
+        self.process.freeze()
 
     def thaw(self) -> None:
         """SIGCONT."""
+        if self.pulse is not None:
+            self.pulse.thread.thaw()
         self.process.thaw()
         if self.process.alive and self._tick_missed:
             self._tick_missed = False
@@ -150,6 +163,8 @@ class Daemon:
         if world.tracing:
             self._trace_event(event)
         followed = self.member.step(event, self.now)
+        if self.pulse is not None:
+            self.pulse.stamp()
         cluster.steps += 1
         for effect in followed:
             if world.tracing and type(effect) not in _QUIET:
@@ -159,6 +174,8 @@ class Daemon:
         if cluster.steps % 100 == 0:
             self.member.check()
             cluster.check_all()
+        if self.pulse is not None:
+            self.pulse.follow(self.member.heartbeat_key)
         self._set_timer()
 
     def do(self, carry_out: Callable[[Any], None], effect: object) -> None:
@@ -256,10 +273,23 @@ class Daemon:
         self.world.after(delay_s, self.process.deliver, self.step, events.Done(effect.op, outcome))
 
     def _beat(self, effect: effects.Beat) -> None:
-        self._send_beat(effect)
-        if effect.key and not self._writing:
+        if self.pulse is not None:
+            self.pulse.beat(effect)
+            return
+        self.send_beat(effect.heartbeat)
+        if effect.key:
+            self.write_beat(effect.heartbeat)
+
+    @property
+    def is_writing(self) -> bool:
+        """A heartbeat of the event loop's is on its way to its block."""
+        return self._writing
+
+    def write_beat(self, heartbeat: Heartbeat) -> None:
+        """From the event loop, unless one is on its way."""
+        if not self._writing:
             self._writing = True
-            self.do(self._write_beat, effects.WriteHeartbeat(0, effect.heartbeat))
+            self.do(self._write_beat, effects.WriteHeartbeat(0, heartbeat))
 
     def _write_beat(self, effect: effects.WriteHeartbeat) -> None:
         """On the control session of this moment."""
@@ -272,20 +302,23 @@ class Daemon:
             self._writing = False
             self.cluster.coverage.outcome(effect, outcome)
             if isinstance(outcome, Good):
+                if self.pulse is not None:
+                    self.pulse.written_by_python()
                 self.step(events.HeartbeatWritten(key, sent_at))
             else:
                 self.step(events.HeartbeatFailed(key))
 
         self.process.start(self.paths.carry_out(effect), done)
 
-    def _send_beat(self, effect: effects.Beat) -> None:
+    def send_beat(self, heartbeat: Heartbeat) -> None:
+        """A datagram to everybody."""
         view = self.known
         if view is None:
             return
         network = self.cluster.network
         for peer in self.cluster.daemons:
             if peer is not self and peer.node in self.listed:
-                network.datagram(self, peer, peer._heard, (effect.heartbeat, view.secret))
+                network.datagram(self, peer, peer._heard, (heartbeat, view.secret))
 
     def _heard(self, what: tuple[Heartbeat, bytes]) -> None:
         beat, secret = what
@@ -312,10 +345,14 @@ class Daemon:
         self.locking.view_installed(effect)
 
     def _lease_until(self, effect: effects.LeaseUntil) -> None:
-        if effect.until_s > self.lease_until:
-            self.lease_until = effect.until_s
+        self.renewed_by_pulse(effect.until_s)
+        self.locking.lease_renewed()
+
+    def renewed_by_pulse(self, until_s: float) -> None:
+        """A write is confirmed, of which the member does not know yet."""
+        if until_s > self.lease_until:
+            self.lease_until = until_s
             self.cluster.oracle.renews(self)
-            self.locking.lease_renewed()
 
     def _may_be_granted(self, effect: effects.DepartedMayBeGranted) -> None:
         self.cluster.may_be_granted(effect.node, self.name)
@@ -336,6 +373,8 @@ class Daemon:
 
     def _stop(self, effect: effects.Stop) -> None:
         self.stopped = effect
+        if self.pulse is not None:
+            self.pulse.stop()
         self.world.trace(self.name, f"stops ({effect.reason.value}): {effect.words}")
         self.cluster.stopped(self, effect)
         self.locking.stop()

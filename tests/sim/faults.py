@@ -239,6 +239,21 @@ def _freeze(plan: Plan, machine: Machine) -> Heal | None:
     return lambda: None
 
 
+def _hang(plan: Plan, machine: Machine) -> Heal | None:
+    daemon = machine.daemon
+    if daemon is None or not daemon.serves or daemon.process.frozen:
+        return None
+    plan.world.trace(daemon.name, "hangs")
+    daemon.hang()
+
+    def come_round() -> None:
+        plan.world.trace(daemon.name, "comes round")
+        daemon.thaw()
+
+    plan.later(0.2, 9.0, come_round)
+    return lambda: None
+
+
 def _restart(plan: Plan, machine: Machine) -> Heal | None:
     plan.cluster.kill(machine)
     plan.world.after(0.05, plan.cluster.boot, machine)
@@ -472,6 +487,7 @@ FAULTS: dict[str, tuple[Callable[[Plan, Machine], Heal | None], float]] = {
     "kill": (_kill, 2.0),
     "power-off": (_power_off, 1.5),
     "freeze": (_freeze, 2.5),
+    "hang": (_hang, 2.0),
     "restart": (_restart, 1.0),
     "leave": (_leave, 1.2),
     "join": (_join, 3.0),

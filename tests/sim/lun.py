@@ -67,6 +67,8 @@ class Command(Generic[T]):
     words: str
     big: bool
     since: float
+    process: Process
+    """That reads the answer."""
     answered: bool = False
 
 
@@ -88,6 +90,8 @@ class Session:
         self.key = 0
         """What it registered last."""
         self.on_lost: Callable[[], None] | None = None
+        self.told_elsewhere: list[BlockError] = []
+        """Unit attentions that another reader was told; the next questions are."""
         self.outstanding: dict[Command[Any], None] = {}
         self._last_arrival = 0.0
         self._last_answer = 0.0
@@ -97,14 +101,23 @@ class Session:
 
     # -- at the host -----------------------------------------------------------------------
     def submit(
-        self, op: Op, apply: Callable[[], T], resume: Resume, words: str = "", *, big: bool = False
+        self,
+        op: Op,
+        apply: Callable[[], T],
+        resume: Resume,
+        words: str = "",
+        *,
+        big: bool = False,
+        process: Process | None = None,
     ) -> None:
-        """Send a command; ``resume`` gets its answer, or the exception that it ended with."""
+        """Send a command; ``resume`` gets its answer, or the exception that it ended with.
+        ``process`` reads the answer, if it is not the one that logged in."""
         world = self.lun.world
         if not self.here:
             world.after(0.0, resume, OutcomeUnknown(f"{op}: the session is gone"))
             return
-        command = Command(self, op, apply, resume, words, big, world.now)
+        reader = process or self.process
+        command = Command(self, op, apply, resume, words, big, world.now, reader)
         self.outstanding[command] = None
         if self.link.cut_out or self._stalled_out:
             self._stalled_out.append(command)
@@ -116,6 +129,9 @@ class Session:
 
     def ask(self, op: Op, apply: Callable[[], T], words: str = "", *, big: bool = False) -> Wish[T]:
         """The same, for coroutines. Raises what the target refuses with, and `OutcomeUnknown`."""
+        if self.told_elsewhere:
+            told = self.told_elsewhere.pop(0)
+            return Wish(lambda resume: self.lun.world.after(0.0, resume, told))
         return Wish(lambda resume: self.submit(op, apply, resume, words, big=big))
 
     def _watch(self) -> None:
@@ -195,7 +211,7 @@ class Session:
     def _answered(self, command: Command[Any], result: object) -> None:
         if self.here and self.process.alive:
             # A frozen host takes it when it reads again; until then the target keeps a big one.
-            self.process.deliver(self._take, command, result)
+            command.process.deliver(self._take, command, result)
         else:
             self.lun.taken(command)
 
