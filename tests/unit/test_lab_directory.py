@@ -51,6 +51,27 @@ def test_a_rename_replaces_and_takes_the_content_along() -> None:
     assert not possible(before, [call(0, "rename a b", 0, 0, 10)], before)
 
 
+def test_of_two_who_rename_one_name_to_another_both_may_succeed_if_they_overlap() -> None:
+    before: Content = {"a": (5, ("x",))}
+    after: Content = {"b": (5, ("x",))}
+    one = call(0, "rename a b", 0, 0, 10)
+    assert possible(before, [one, call(1, "rename a b", 0, 0, 10)], after)
+    assert possible(before, [one, call(1, "rename a b", NONE, 0, 10)], after)
+    # Whoever comes later finds no source; and nobody succeeds where the other put another file.
+    assert not possible(before, [one, call(1, "rename a b", 0, 20, 30)], after)
+    assert not possible(before, [one, call(1, "rename a c", 0, 0, 10)], after)
+    assert not possible({}, [one, call(1, "rename a b", 0, 0, 10)], {})
+
+
+def test_what_a_rename_found_is_not_found_by_the_next() -> None:
+    calls = [
+        call(0, "rename a b", 0, 0, 10),
+        call(1, "rename a b", 0, 0, 10),
+        call(1, "rename a b", 0, 20, 30),
+    ]
+    assert not possible({"a": (5, ())}, calls, {"b": (5, ())})
+
+
 def test_appends_of_two_hosts_are_both_there_in_either_order() -> None:
     calls = [
         call(0, "open a", 5, 0, 1),

@@ -4,6 +4,11 @@ Pure. Hosts work on the names of one directory at the same time and note for eac
 and ended and what came of it. The calls are right if they can be put into an order, each between
 its begin and its end, in which a plain dictionary gives the same results and is left as the
 directory was found (Herlihy and Wing, linearizability; the search of Wing and Gong, with memory).
+
+One call is two: the kernel looks up the names of a rename one after the other, and if both lead to
+one file it succeeds and does nothing (rename(3p); Linux, `vfs_rename`), without having asked the
+filesystem for a rename. So two hosts that rename *a* to *b* at the same moment may both succeed:
+the second finds the file at *a*, and then, moved by the first, at *b*.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import Final
 FileId = tuple[int, int]
 """(inode number, number of its creation): inode numbers come again."""
 
+_SEEK: Final = "seek"
 _CREATE: Final = "create"
 _UNLINK: Final = "unlink"
 _RENAME: Final = "rename"
@@ -41,11 +47,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The dictionary: names, the records in each file, and what each host has open."""
+    """The dictionary: names, the records in each file, and what each host has open or has found
+    at the old name of its rename."""
 
     names: frozenset[tuple[str, FileId]] = frozenset()
     records: frozenset[tuple[FileId, tuple[str, ...]]] = frozenset()
     opened: tuple[FileId | None, ...] = ()
+    sought: tuple[FileId | None, ...] = ()
     created: int = 0
 
     def content(self) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -64,11 +72,31 @@ def directory(content: dict[str, tuple[int, tuple[str, ...]]], hosts: int) -> Di
         frozenset((name, file) for name, file, _ in numbered),
         frozenset((file, records) for _, file, records in numbered),
         (None,) * hosts,
+        (None,) * hosts,
     )
 
 
-def step(before: Directory, call: Call) -> Directory | None:
-    """The directory after the call; None if the call cannot have had this result then."""
+def steps(before: Directory, call: Call) -> list[Directory]:
+    """Each directory that there may be after the call; none if it cannot have had this result."""
+    if call.kind == _SEEK:
+        return [replace(before, sought=_put(before.sought, call, dict(before.names)))]
+    found = []
+    if call.kind == _RENAME and call.result == 0:
+        sought, names = before.sought[call.host], dict(before.names)
+        before = replace(before, sought=_put(before.sought, call, {}))
+        if sought is not None and names.get(call.arguments[1]) == sought:
+            found.append(before)
+    following = _step(before, call)
+    return found if following is None else [*found, following]
+
+
+def _put(
+    where: tuple[FileId | None, ...], call: Call, names: dict[str, FileId]
+) -> tuple[FileId | None, ...]:
+    return (*where[: call.host], names.get(call.arguments[0]), *where[call.host + 1 :])
+
+
+def _step(before: Directory, call: Call) -> Directory | None:
     names = dict(before.names)
     if call.kind == _WRITE:
         return _append(before, call)
@@ -86,8 +114,7 @@ def step(before: Directory, call: Call) -> Directory | None:
     if call.kind == _OPEN:
         if call.result != there[0]:
             return None
-        opened = (*before.opened[: call.host], there, *before.opened[call.host + 1 :])
-        return replace(before, opened=opened)
+        return replace(before, opened=_put(before.opened, call, names))
     if call.result != 0:
         return None
     del names[name]
@@ -111,7 +138,8 @@ def is_possible(
     """Can the calls have led from ``before`` to ``after``? Each host's calls follow each other."""
     hosts = sorted({call.host for call in calls})
     rows = [
-        sorted((c for c in calls if c.host == host), key=lambda c: c.begun_ns) for host in hosts
+        _parts(sorted((c for c in calls if c.host == host), key=lambda c: c.begun_ns))
+        for host in hosts
     ]
     stack = [((0,) * len(rows), before)]
     seen = set(stack)
@@ -128,11 +156,19 @@ def is_possible(
         for number, call in pending:
             if call.begun_ns > first_end:
                 continue  # one that had ended before it began has not had its turn yet
-            following = step(now, call)
-            if following is None:
-                continue
             moved = tuple(at + (each == number) for each, at in enumerate(position))
-            if (moved, following) not in seen:
-                seen.add((moved, following))
-                stack.append((moved, following))
+            for following in steps(now, call):
+                if (moved, following) not in seen:
+                    seen.add((moved, following))
+                    stack.append((moved, following))
     return False
+
+
+def _parts(row: list[Call]) -> list[Call]:
+    """The same with what the kernel does before it renames."""
+    found: list[Call] = []
+    for call in row:
+        if call.kind == _RENAME and call.result == 0:
+            found.append(replace(call, kind=_SEEK))
+        found.append(call)
+    return found
