@@ -240,7 +240,7 @@ async def open_volume(
         volume = Volume(VolumeParts(device, store, locks, scope, superblock.unmap_allowed))
         locks.register_owner(TENDED_PREFIX, volume.peers)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(volume.peers.tend)
+            nursery.start_soon(volume.peers.tend, name="as long as mounted")
             nursery.start_soon(volume.reclaimer.run)
             nursery.start_soon(volume.space.run)
             nursery.start_soon(volume.orphans.run)

@@ -13,7 +13,8 @@ from typing import Any
 
 from lockmgr.deadlock_graph import deadlocked, needs, victims
 from lockmgr.gather import Told
-from lockmgr.messages import Waits
+from lockmgr.mastering import Choose, Mastering, rendezvous
+from lockmgr.messages import Resource, Waits
 from lockmgr.modes import COMPATIBLE, Mode
 from lockmgr.ranges_messages import END, Owner, RangeHold
 from lockmgr.snapshot_messages import ToldClaim, ToldLock, ToldQueue, ToldRanges, ToldRangeWait
@@ -74,26 +75,41 @@ class ClusterLocks:
 class _About:
     """All that was told of one resource."""
 
+    resource: Resource
     locks: dict[int, ToldLock] = field(default_factory=dict)
     queue: ToldQueue | None = None
     ranges: ToldRanges | None = None
     master: int | None = None
+    """Who has told of it as its master; nobody does if nobody waits."""
 
 
 def cluster_locks(
-    told: Mapping[int, Told], resource_words: ResourceWords, node_words: NodeWords
+    told: Mapping[int, Told],
+    resource_words: ResourceWords,
+    node_words: NodeWords,
+    choose: Choose = rendezvous,
 ) -> ClusterLocks:
-    """Join what the members have told (`lockmgr.gather.Gathering.told`)."""
+    """Join what the members have told (`lockmgr.gather.Gathering.told`). ``choose``: how the
+    members agree on masters.
+    """
     about: dict[bytes, _About] = {}
+
+    def entry_of(resource: Resource) -> _About:
+        return about.setdefault(resource.name, _About(resource))
+
     for node, one in told.items():
         for lock in one.locks:
-            about.setdefault(lock.resource.name, _About()).locks[node] = lock
+            entry_of(lock.resource).locks[node] = lock
         for queue in one.queues:
-            entry = about.setdefault(queue.resource.name, _About())
+            entry = entry_of(queue.resource)
             entry.queue, entry.master = queue, node
         for ranges in one.ranges:
-            entry = about.setdefault(ranges.resource.name, _About())
+            entry = entry_of(ranges.resource)
             entry.ranges, entry.master = ranges, node
+    mastering = Mastering(sorted(told), choose)
+    for entry in about.values():
+        if entry.master is None:
+            entry.master = mastering.master_of(entry.resource)
     rows = [_row(resource_words(name), entry, node_words) for name, entry in sorted(about.items())]
     rows.sort(key=lambda row: -row.longest_wait_s)
     return ClusterLocks(

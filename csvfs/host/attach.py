@@ -50,7 +50,8 @@ from redirector.block.url import open_lun
 _log = logging.getLogger("csvfs.host.attach")
 
 _LEAVING_POLL_S = 0.1
-_EVICTION_LIMIT_S = 30.0
+EVICTION_LIMIT_S = 30.0
+"""How long `csvctl node evict` waits for the view that says so."""
 _GATHER_LIMIT_S = 3.0
 _NOBODY_LISTENS = Address("127.0.0.1", 0)
 
@@ -150,15 +151,28 @@ class Attached:
         node = self.cluster.status().node_named(name)
         if node is None:
             raise Problem(Kind.USAGE, f"the volume has no node {name!r}: see `csvctl node list`")
+        own, view = self.cluster.me, self.node.view
+        if node == own and (view is None or set(view.active) <= {own}):
+            raise Problem(
+                Kind.USAGE,
+                f"{name} is the only host that has the volume: nobody is there to evict it. "
+                "`csvctl umount DIR` takes it away",
+            )
         _log.warning("eviction of %s (%s) was asked for: %s", name, node, why)
         self.cluster.evict(node, why)
-        with trio.move_on_after(_EVICTION_LIMIT_S):
+        with trio.move_on_after(EVICTION_LIMIT_S):
             while (view := self.node.view) is None or view.lists(*node):
+                if self.node.failure is not None:
+                    stop = self.cluster.stopped
+                    if node == own and stop is not None and stop.reason is StopReason.EVICTED:
+                        # Who is evicted does not learn in which view.
+                        return {"slot": node.slot, "epoch": None}
+                    raise self.node.failure
                 await self.node.wait_view()
             return {"slot": node.slot, "epoch": view.epoch}
         raise Problem(
             Kind.NO_ANSWER,
-            f"{name} is not evicted after {_EVICTION_LIMIT_S:.0f} s: the coordinator, or a majority"
+            f"{name} is not evicted after {EVICTION_LIMIT_S:.0f} s: the coordinator, or a majority"
             " that could replace it, cannot be reached. `csvctl node list` shows who is seen",
         )
 
@@ -214,20 +228,28 @@ async def attach(
         async with _member(lun, peeked, settings, reporter, will_fd) as member:
             reporter.step("waiting for the other hosts of the volume")
             with starting.stage():
-                await _wait_serving(member)
+                await _wait_serving(member, settings)
             async with serving_volume(member, peeked.superblock) as volume:
                 yield Attached(peeked, member, volume, settings.initiator)
 
 
-async def _wait_serving(member: ClusterMember) -> None:
+async def _wait_serving(member: ClusterMember, settings: MountSettings) -> None:
     """Raises `Problem` if this host is not let in, `VolumeFailed` if it cannot go on."""
     try:
         await member.node.wait_serving()
     except VolumeFailed as failure:
         stop = member.cluster.stopped
-        if stop is None or stop.reason is not StopReason.REFUSED:
+        if stop is None:
             raise
-        raise Problem(Kind.OTHER_HOST, stop.words) from failure
+        if stop.reason is StopReason.REFUSED:
+            raise Problem(Kind.OTHER_HOST, stop.words) from failure
+        if stop.reason is StopReason.EVICTED and settings.cluster_address:
+            raise Problem(
+                Kind.NOT_HEARD,
+                "the other hosts let this one in, and put it out again because they and it did not "
+                f"hear each other; it was to be reached at {settings.cluster_address}",
+            ) from failure
+        raise
 
 
 async def _refuse_unreachable(
@@ -248,6 +270,12 @@ async def _refuse_unreachable(
                 f"{entry.node_name} is dead, that lets this host take over from it as well)",
             )
         here = _is_loopback(settings.cluster_address)
+        if here and not any(map(_is_loopback, entry.addresses)):
+            raise Problem(
+                Kind.USAGE,
+                f"--cluster-address: nobody but this host itself reaches {settings.cluster_address}"
+                f"; {entry.node_name} is at {', '.join(entry.addresses)}",
+            )
         if not here and all(map(_is_loopback, entry.addresses)):
             unreachable[node.slot] = entry.node_name
     if not unreachable:

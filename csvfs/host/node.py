@@ -133,7 +133,7 @@ class ClusterNode:
         return self.failure
 
     async def wait_view(self) -> None:
-        """Return when the next view is installed."""
+        """Return when the next view is installed, or this node cannot go on."""
         await self._view_changed.wait()
 
     async def recover_for_ever(
@@ -296,6 +296,7 @@ class ClusterNode:
         self.failure = self.failure or failure
         self._failed.set()
         self._started.set()
+        self._view_changed.set()
 
     # -- journals --------------------------------------------------------------------------------
     async def _replay(self, node: NodeId, used: bool) -> None:

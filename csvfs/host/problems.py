@@ -50,6 +50,7 @@ class Kind(StrEnum):
     """The daemon ended without a word."""
     INTERRUPTED = "interrupted"
     VOLUME_OPTIONS = "volume-options"
+    NOT_HEARD = "not-heard"
 
 
 class Problem(Exception):

@@ -10,7 +10,7 @@ the LUN, when it was sent (`HeartbeatWritten`). There are two kinds:
   last while the event loop is busy, but only as long as that has passed within the last second. A
   daemon that hangs falls silent. It may renew the lease by itself (`lease_until_s`).
 
-invariants, of every pulse (tests/unit/pulse_conformance.py):
+invariants, of every pulse (tests/pulse_conformance.py):
 - the sequence numbers of what it sends only grow, over both kinds;
 - at most one write is on its way; each is told of once, with a time before it was sent;
 - nothing is written on another session than the one named last (`follow`), nor anything sent, nor

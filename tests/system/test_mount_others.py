@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 
 from csvfs.host import mountpoint
 from tests.mounts import Host, Mount
-from tests.tgt import Tgt
+from tests.tgt import Tgt, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.full]
 
@@ -42,6 +43,27 @@ def test_a_name_is_taken_once(tgt: Tgt) -> None:
         assert "Nothing was changed" in words
         assert (first.path / "file").read_text() == "x"
         assert first.status()["path_losses"] == 0
+        first.umount()
+
+
+def test_hosts_are_evicted_by_name_also_the_own(tgt: Tgt) -> None:
+    """Exit codes and words of `csvctl node evict`, and of what is locked beside it."""
+    with Host("alpha") as alpha, Host("beta") as beta:
+        alpha.expect("eviction of ")
+        alpha.expect("beta .* is gone without having left")
+        for words in ("the mount ends: ", "is detached", "this node stops", "eviction of ", ""):
+            beta.expect(words)
+        first, _ = mount(alpha, tgt, "--cluster-address", "127.0.0.1:21984")
+        assert "no node 'gamma'" in alpha.csvctl("node", "evict", "gamma", code=64).stderr
+        assert "nobody is there to" in alpha.csvctl("node", "evict", "alpha", code=64).stderr
+        for evictor in (alpha, beta):
+            second, _ = mount(beta, tgt, "--cluster-address", "127.0.0.1:21985")
+            rows = json.loads(alpha.csvctl("lock", "list", "--json").stdout)["locks"]
+            assert {row["master"] for row in rows} <= {"alpha", "beta"}
+            assert "is evicted" in evictor.csvctl("node", "evict", "beta").stdout
+            wait_until(lambda: not beta.daemons(), "the evicted daemon to end")
+            assert second.status()["state"] == "failed"
+        (first.path / "file").write_text("x")
         first.umount()
 
 

@@ -48,7 +48,7 @@ class Watched(RangesCluster):
         told = self.cores[node].gathered[1].told
         self.step(node, StopGathering(1))
         self.complete.clear()
-        return cluster_locks(told, bytes.decode, lambda node: f"node {node}")
+        return cluster_locks(told, bytes.decode, lambda node: f"node {node}", self.choose)
 
 
 @pytest.mark.parametrize("asker", [0, 1, 2])
@@ -92,7 +92,8 @@ def test_what_is_only_cached_is_shown_on_request() -> None:
     cluster.cache(0, AT[1], EX)
     cluster.acquire(2, AT[2], PR)
     cluster.settle()
-    assert [row.resource for row in cluster.gather(1).locks] == ["at 2"]
+    (used,) = cluster.gather(1).locks
+    assert (used.resource, used.master) == ("at 2", "node 2"), "though its master tells nothing"
     cached = cluster.gather(1, cached=True)
     assert [row.resource for row in cached.locks] == ["at 1", "at 2"]
     assert cached.locks[0].holders == (Party("node 0", "EX", 0.0),)

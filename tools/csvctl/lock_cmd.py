@@ -26,6 +26,8 @@ def list_locks(
 ) -> None:
     """Show resources with their holders and waiters, the longest wait first.
 
+    Numbers of inodes are those of `ls -i`.
+
     Example: csvctl lock list /srv/vms --all
     """
     require_root()

@@ -31,9 +31,11 @@ def the_mount(directory: str) -> MountRecord:
     raise Problem(Kind.USAGE, f"this host has several volumes mounted: say which ({named})")
 
 
-def ask_daemon(record: MountRecord, command: str, **fields: Any) -> dict[str, Any]:
+def ask_daemon(
+    record: MountRecord, command: str, *, timeout_s: float = ANSWER_LIMIT_S, **fields: Any
+) -> dict[str, Any]:
     """The answer of the mount's daemon. Raises `Problem`."""
     from csvfs.host import admin, places
 
     path = places.socket_path(bytes.fromhex(record.volume_id))
-    return admin.ask(path, command, timeout_s=ANSWER_LIMIT_S, **fields)
+    return admin.ask(path, command, timeout_s=timeout_s, **fields)

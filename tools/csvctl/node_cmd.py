@@ -13,6 +13,8 @@ from csvctl.mounted import ask_daemon, the_mount
 
 node = typer.Typer(help="Show the hosts that use a volume, or evict one.", no_args_is_help=True)
 
+_EVICTION_LIMIT_S = 35.0
+"""A little longer than the daemon waits (`csvfs.host.attach.EVICTION_LIMIT_S`): it says why."""
 _DIRECTORY = typer.Argument(metavar="[DIR]", help="The mount; needed if there are several.")
 
 
@@ -56,7 +58,7 @@ def evict(
     name: Annotated[str, typer.Argument(metavar="NODE", help="Its name, as `node list` shows it.")],
     directory: Annotated[str, _DIRECTORY] = "",
     why: Annotated[
-        str, typer.Option("--why", metavar="TEXT", help="For the logs of all hosts.")
+        str, typer.Option("--why", metavar="TEXT", help="For this host's log.")
     ] = "an administrator asked for it",
 ) -> None:
     """Make a host go: it is fenced at the target, its journal replayed, its locks given to others.
@@ -67,5 +69,6 @@ def evict(
     """
     require_root()
     record = the_mount(directory)
-    answer = ask_daemon(record, "evict", node=name, why=why)
-    console.say(f"{name} (slot {answer['slot']}) is evicted: view {answer['epoch']}")
+    answer = ask_daemon(record, "evict", timeout_s=_EVICTION_LIMIT_S, node=name, why=why)
+    view = "" if answer["epoch"] is None else f": view {answer['epoch']}"
+    console.say(f"{name} (slot {answer['slot']}) is evicted{view}")

@@ -20,6 +20,7 @@
 | 77   | not root                         | 95   | interrupted                               |
 | 78   | credentials file                 | 96   | no free slot, or options of the volume    |
 | 79   | newer format                     | 97   | the LUN is no copy                        |
+|      |                                  | 98   | the other hosts do not hear this one      |
 
 `csvctl check` ends like fsck(8) instead: 0 clean, 1 errors corrected, 4 errors left, 8 it could
 not be done, 16 the command line, 32 interrupted. `csvctl validate` that could look ends with 0
@@ -189,6 +190,12 @@ OUTCOMES: Final[dict[Kind, Outcome]] = {
     ),
     Kind.INTERRUPTED: Outcome(95, "Nothing is mounted.", "Run it again."),
     Kind.VOLUME_OPTIONS: Outcome(96, _NOTHING_CHANGED, "Choose other options."),
+    Kind.NOT_HEARD: Outcome(
+        98,
+        "Nothing is mounted. The other hosts go on, undisturbed.",
+        "See that --cluster-address is an address of this host that all others reach, and that "
+        "nothing between them stops its port, TCP and UDP, in either direction.",
+    ),
 }
 
 VALID: Final = 0
