@@ -81,9 +81,9 @@ class Admissions:
                 continue
             listed = names.get(request.node_name)
             if listed is not None and listed.slot != slot and listed in view.listed:
-                if judge.signed_since(listed, watched.since):
+                if judge.lives_since(listed, watched.since):
                     refuse.append((request, _duplicate(view, listed)))
-                elif self._is_replaced(view, listed, watched, now):
+                elif self._is_replaced(view, watched, listed, judge, now):
                     replaced.add(listed)
                 continue
             entry = view.slots[slot] if slot < len(view.slots) else None
@@ -103,10 +103,12 @@ class Admissions:
             and now - watched.changed_at <= self._settings.path_loss_s
         )
 
-    def _is_replaced(self, view: View, listed: NodeId, watched: _Watched, now: float) -> bool:
+    def _is_replaced(
+        self, view: View, watched: _Watched, listed: NodeId, judge: Judge, now: float
+    ) -> bool:
         return (
             view.slots[listed.slot].machine_id == watched.request.machine_id
-            and now - watched.since >= self._settings.claimed_dead_s
+            and now - max(watched.since, judge.last_sign(listed)) >= self._settings.claimed_dead_s
         )
 
 

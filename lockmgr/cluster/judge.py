@@ -70,6 +70,8 @@ class Judge:
         self._settings = settings
         self._fresh: dict[NodeId, float] = {me: 0.0}
         self._life: dict[NodeId, float] = {}
+        self._sign_before: dict[NodeId, float] = {}
+        """The sign of life before the last one."""
         self._heard: dict[tuple[int, int], float] = {}
         """(a, b): when slot a last said that it hears slot b."""
         self._direct: dict[NodeId, bool] = {}
@@ -96,6 +98,7 @@ class Judge:
         for node in self._fresh.keys() - wanted:
             del self._fresh[node]
             self._life.pop(node, None)
+            self._sign_before.pop(node, None)
             self._direct.pop(node, None)
             self._sequences.pop(node, None)
         self._by_slot = {node.slot: node for node in wanted}
@@ -132,6 +135,8 @@ class Judge:
         node = beat.node
         self._latest = now
         self._sequences[node] = beat.sequence
+        if node in self._life:
+            self._sign_before[node] = self._life[node]
         self._life[node] = now
         self._rows[node.slot] = (beat.hears | 1 << node.slot, now)
         self._direct[node] = bool(beat.flags & HeartbeatFlag.HAS_DIRECT_PATH)
@@ -157,9 +162,12 @@ class Judge:
         """When it last showed life, or became fresh."""
         return max(self._life.get(node, 0.0), self._fresh.get(node, 0.0))
 
-    def signed_since(self, node: NodeId, since: float) -> bool:
-        """Whether it really showed life after that time; the judge itself always does."""
-        return node == self.me or self._life.get(node, float("-inf")) > since
+    def lives_since(self, node: NodeId, since: float) -> bool:
+        """Whether it really showed life after that time; the judge itself always does.
+
+        Twice: one heartbeat may have been on its way when its node died.
+        """
+        return node == self.me or self._sign_before.get(node, float("-inf")) > since
 
     def is_alive(self, node: NodeId, now: float) -> bool:
         return node == self.me or now - self.last_sign(node) <= self._settings.evict_after_s

@@ -21,7 +21,7 @@ invariants:
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lockmgr.cluster.blocks import Heartbeat, JoinRequest
 from lockmgr.cluster.change import assign, joining_slot, next_incarnation
@@ -75,7 +75,32 @@ class _Search:
     began: float
     slot: int | None = None
     sequence: int = 0
-    first_beats: dict[NodeId, int] | None = None
+    seen: dict[NodeId, _Seen] = field(default_factory=dict)
+
+    def see(self, heartbeats: tuple[Heartbeat, ...], now: float) -> None:
+        """As just read."""
+        for beat in heartbeats:
+            seen = self.seen.setdefault(beat.node, _Seen(beat.sequence, self.began))
+            if beat.sequence != seen.sequence:
+                seen.sequence, seen.changed_at = beat.sequence, now
+                seen.changes += 1
+
+    def lives(self, node: NodeId) -> bool:
+        """Whether it was seen to live. One heartbeat may have been on its way when it died."""
+        return node in self.seen and self.seen[node].changes >= 2
+
+    def quiet_since(self, nodes: tuple[NodeId, ...]) -> float:
+        """Since when none of them was seen to do anything."""
+        return max((self.seen[n].changed_at for n in nodes if n in self.seen), default=self.began)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The heartbeat block of a node."""
+
+    sequence: int
+    changed_at: float
+    changes: int = 0
 
 
 def join(st: NodeState) -> Steps[None]:
@@ -113,7 +138,8 @@ def _attempt(st: NodeState, search: _Search, key: int, survey: Surveyed) -> Step
     _refuse_foreign(st, survey)
     blocks = yield from st.ask(ReadBlocks(st.op()), Blocks)
     st.watch.take(blocks.heartbeats, st.now)
-    _refuse_duplicate(st, search, survey.view, blocks.heartbeats)
+    search.see(blocks.heartbeats, st.now)
+    _refuse_duplicate(st, search, survey.view)
     state = (_fingerprint(st, survey), frozenset(blocks.heartbeats))
     quiet = search.silence.hear(state, st.now, st.slept_at)
     if quiet and survey.view.listed:
@@ -124,7 +150,8 @@ def _attempt(st: NodeState, search: _Search, key: int, survey: Surveyed) -> Step
             if knocked.answered or st.slept_at > asked_at:
                 search.silence.broken()
                 quiet = False
-    if may_succeed(st, survey, quiet=quiet, watched_s=st.now - search.began):
+    watched_s = st.now - search.quiet_since(survey.view.listed)
+    if may_succeed(st, survey, quiet=quiet, watched_s=watched_s):
         yield from _succeed(st, key, survey)
     else:
         yield from _request(st, search, key, survey.view, blocks)
@@ -152,7 +179,7 @@ def may_succeed(
     st: NodeState, survey: Surveyed, *, quiet: bool, watched_s: float = float("inf")
 ) -> bool:
     """Whether the newcomer may take the reservation now. ``watched_s``: for how long no listed
-    node of this host's name was seen to live.
+    node was seen to do anything.
 
     A name and a machine id of another boot may be those of a copy of this host's system disk,
     which lives and has a lock file of its own.
@@ -190,18 +217,11 @@ def _refuse_foreign(st: NodeState, survey: Surveyed) -> None:
             )
 
 
-def _refuse_duplicate(
-    st: NodeState, search: _Search, view: View, heartbeats: tuple[Heartbeat, ...]
-) -> None:
+def _refuse_duplicate(st: NodeState, search: _Search, view: View) -> None:
     """Raises `Stopped` if a listed node of this name is seen to live."""
-    beats = {beat.node: beat.sequence for beat in heartbeats}
-    if search.first_beats is None:
-        search.first_beats = beats
     for node in view.listed:
         entry = view.slots[node.slot]
-        if entry.node_name != st.identity.node_name or node not in beats:
-            continue
-        if search.first_beats.setdefault(node, beats[node]) != beats[node]:
+        if entry.node_name == st.identity.node_name and search.lives(node):
             where = ", ".join(entry.addresses) or "an unknown address"
             raise Stopped(
                 StopReason.REFUSED,
@@ -248,8 +268,7 @@ def _is_full_for_good(st: NodeState, search: _Search, view: View, blocks: Blocks
     others will evict; and somebody lives, or there will be silence."""
     if view.to_replay or any(_is_own(st, view, node) for node in view.listed):
         return False
-    first = search.first_beats or {}
-    return any(first.get(beat.node, beat.sequence) != beat.sequence for beat in blocks.heartbeats)
+    return any(search.lives(beat.node) for beat in blocks.heartbeats)
 
 
 def _is_free(slot: ViewSlot) -> bool:

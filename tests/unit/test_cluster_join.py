@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from lockmgr.cluster.blocks import JoinRequest
 from lockmgr.cluster.effects import (
     DepartedMayBeGranted,
+    ReadBlocks,
     ReplayWanted,
     Stop,
     StopReason,
@@ -214,6 +216,38 @@ def test_two_hosts_with_one_name() -> None:
     assert "host1" in twin.stopped.words
     world.run(10)
     assert all(is_active(host) for host in hosts)
+
+
+def land_late(world: World, host: Host) -> None:
+    """A heartbeat that was on its way when its host died."""
+    beat = world.lun.heartbeats[host.node.slot]
+    world.lun.heartbeats[host.node.slot] = replace(beat, sequence=beat.sequence + 1)
+
+
+@pytest.mark.parametrize("boot", [0, 1])
+def test_one_heartbeat_that_lands_late_is_no_life_for_who_comes_back_alone(boot: int) -> None:
+    world = World()
+    (first,) = world.cluster(1)
+    world.kill(first)
+    again = world.host("host0", boot=boot)
+    world.run_until(lambda: bool(again.when(ReadBlocks)), 5)
+    world.run(0.05)
+    land_late(world, first)
+    world.run_until(lambda: is_active(again), 10)
+    assert again.node != first.node
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.15, 0.3, 0.6, 1.0, 1.5])
+def test_one_heartbeat_that_lands_late_is_no_life_for_a_coordinator(delay_s: float) -> None:
+    world = World()
+    hosts = world.cluster(3)
+    world.kill(hosts[1])
+    again = world.host("host1")
+    world.run_until(lambda: bool(again.when(WriteJoin)), 5)
+    world.run(delay_s)
+    land_late(world, hosts[1])
+    world.run_until(lambda: is_active(again), 15)
+    assert again.node != hosts[1].node
 
 
 def test_killed_daemon_that_comes_back_at_once_replaces_its_dead_incarnation() -> None:
