@@ -434,7 +434,10 @@ class Cluster:
             replayer = view.slots[node.slot].replay_by
             name = view.slots[node.slot].node_name or "a node"
             who = view.slots[replayer].node_name if replayer < len(view.slots) else "nobody yet"
-            log.warning(
+            # Of a host that is back its supervisor, or its system's log, has told what happened.
+            back = name in {view.slots[each.slot].node_name for each in view.listed}
+            log.log(
+                logging.INFO if back else logging.WARNING,
                 "%s (%s) is gone without having left: it is fenced; its journal is replayed by %s",
                 name,
                 node,
