@@ -16,6 +16,7 @@ import ipaddress
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
 from random import SystemRandom
 from typing import Any
 
@@ -29,7 +30,7 @@ from csvfs.host.daemon_lock import DaemonLock, daemon_lives
 from csvfs.host.events import Reporter
 from csvfs.host.last_will import leave_will
 from csvfs.host.member import ClusterMember, open_member, serving_volume
-from csvfs.host.node import number_of
+from csvfs.host.node import ClusterNode, number_of
 from csvfs.host.problems import Kind, Problem
 from csvfs.host.record import MountState, records
 from csvfs.host.settings import MountSettings
@@ -42,6 +43,7 @@ from lockmgr.cluster.certificates import make_credentials
 from lockmgr.cluster.effects import StopReason
 from lockmgr.cluster.peers import Address, parse_address
 from lockmgr.cluster.service import Cluster
+from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.status import NodeStatus
 from lockmgr.cluster_snapshot import cluster_locks
 from redirector.block.device import Lun
@@ -322,7 +324,9 @@ def _member(
         told=reporter.step,
         rng=SystemRandom(),
         obituary=obituary,
+        make_node=partial(ClusterNode, evict_after_s=settings.evict_after_s),
         make_pulse=NativePulse,
+        settings=Settings(evict_after_s=settings.evict_after_s),
     )
 
 

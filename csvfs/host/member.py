@@ -38,6 +38,7 @@ from lockmgr.cluster.effects import StopReason
 from lockmgr.cluster.peers import Address
 from lockmgr.cluster.pulse import Pulse, PulseWiring, PythonPulse
 from lockmgr.cluster.service import Cluster, open_cluster
+from lockmgr.cluster.settings import Settings
 from redirector.block.device import Lun
 from redirector.data_path import DataPath
 
@@ -68,6 +69,7 @@ async def open_member(
     obituary: Path | None = None,
     make_node: MakeNode = ClusterNode,
     make_pulse: MakePulse | None = None,
+    settings: Settings | None = None,
 ) -> AsyncIterator[ClusterMember]:
     """Ask to join; leave at the end of the block. Raises `LeaveIncomplete` if that was not clean.
 
@@ -105,6 +107,7 @@ async def open_member(
                 on_effect=node.on_effect,
                 on_network=node.link.take,
                 obituary=obituary,
+                settings=settings,
                 make_pulse=partial(make_pulse, arbiter, peeked.superblock)
                 if make_pulse is not None
                 else PythonPulse,

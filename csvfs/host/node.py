@@ -53,6 +53,7 @@ from lockmgr.cluster.view import NodeId, SlotState, View, ViewSlotFlag
 from lockmgr.events import ViewChanged
 from lockmgr.manager import LockManager
 from lockmgr.mastering import node_number, slot_and_incarnation
+from lockmgr.settings import Settings as LockSettings
 from redirector.block.device import BlockError
 from redirector.block.reservations import Registration
 from redirector.data_path import DataPath, Evicted
@@ -75,11 +76,16 @@ class ClusterNode:
     """
 
     def __init__(
-        self, nursery: trio.Nursery, superblock: Superblock, told: Callable[[str], None]
+        self,
+        nursery: trio.Nursery,
+        superblock: Superblock,
+        told: Callable[[str], None],
+        evict_after_s: float = 6.0,
     ) -> None:
         self._nursery = nursery
         self._superblock = superblock
         self._told = told
+        self._lock_settings = LockSettings(evict_after_s=evict_after_s)
         self._arbiter: LunArbiter
         self._path: DataPath
         self._cluster: Cluster
@@ -249,6 +255,7 @@ class ClusterNode:
                 node=number_of(me),
                 epoch=0,
                 members=(),
+                settings=self._lock_settings,
                 send=self.link.send,
                 on_thawed=self._on_thawed,
                 on_unresponsive=self._on_silent_holder,

@@ -29,6 +29,8 @@ class MountSettings:
     password: str = field(default="", repr=False)
     cluster_address: str = ""
     """Where the node listens for its peers, ``ADDR:PORT``; empty: nobody can join it."""
+    evict_after_s: float = 6.0
+    """How long this node lets others be silent (`lockmgr.cluster.settings`)."""
 
     @property
     def credentials(self) -> Credentials | None:

@@ -31,7 +31,7 @@ from typing import Final
 
 import trio
 
-from csvfs.format import Session, Superblock
+from csvfs.format import ProbeFlag, Session, Superblock
 from csvfs.membership.path_keys import owner_of
 from csvfs.membership.sessions import Sessions, log_out
 from csvfs.membership.volume_io import VolumeIO
@@ -94,6 +94,7 @@ class LunArbiter:
         self._sessions = Sessions(lun, initiator_name, rng, on_lost)
         self._volume = VolumeIO(self._sessions.control_lun, superblock, identity, now_ns())
         self._on_opened = on_opened
+        self._knows_abort = bool(superblock.probe & ProbeFlag.PREEMPT_ABORT_WORKS)
         self._resetting = False
 
     # -- what others ask -----------------------------------------------------------------------
@@ -341,7 +342,10 @@ class LunArbiter:
         victims += [Victim(port=port) for port in dict.fromkeys(ports)]
         lun = self._sessions.control_lun
         await _as_long_as_it_lives(
-            holder, lambda: fence(lun, holder, victims, stragglers=lambda: stragglers)
+            holder,
+            lambda: fence(
+                lun, holder, victims, abort=self._knows_abort, stragglers=lambda: stragglers
+            ),
         )
 
     async def _all_of(

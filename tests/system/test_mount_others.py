@@ -57,7 +57,8 @@ def test_hosts_are_evicted_by_name_also_the_own(tgt: Tgt) -> None:
         assert "no node 'gamma'" in alpha.csvctl("node", "evict", "gamma", code=64).stderr
         assert "nobody is there to" in alpha.csvctl("node", "evict", "alpha", code=64).stderr
         for evictor in (alpha, beta):
-            second, _ = mount(beta, tgt, "--cluster-address", "127.0.0.1:21985")
+            options = ("--cluster-address", "127.0.0.1:21985", "--evict-after", "20")
+            second, _ = mount(beta, tgt, *options)
             rows = json.loads(alpha.csvctl("lock", "list", "--json").stdout)["locks"]
             assert {row["master"] for row in rows} <= {"alpha", "beta"}
             assert "is evicted" in evictor.csvctl("node", "evict", "beta").stdout

@@ -6,19 +6,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from csvfs.format import VIEW_ADDRESSES, VIEW_BYTES, byte_offset
+from csvfs.format import VIEW_ADDRESSES, VIEW_BYTES, ProbeFlag, byte_offset
 from lockmgr.cluster import effects
 from lockmgr.cluster.outcomes import Good, Outcome, Unknown
 from lockmgr.cluster.view import NodeId
-from redirector.block.arbiter import Op
-from redirector.block.device import InitiatorPort, OutcomeUnknown
+from redirector.block.arbiter import ArbiterHabits, Op
+from redirector.block.device import BlockError, InitiatorPort, OutcomeUnknown
 from redirector.block.keys import PathKey
 from redirector.block.simulated import Command, SimulatedDevice
+from redirector.block.simulated_faults import Faults
 from tests.unit.arbiter_bench import NODE, OFFICER, Bench, Node, open_bench
 
 VICTIM = NodeId(2, 3)
@@ -52,6 +54,30 @@ def preempted(bench: Bench) -> int:
 
 async def read(node: Node) -> bytes:
     return bytes(await node.data.ask(lambda: node.data.device.read(AT, 512)))
+
+
+async def test_what_is_on_its_way_is_aborted_where_the_target_can() -> None:
+    """PREEMPT AND ABORT, if the probe at format has found it: no wait for what is slow."""
+    async with open_bench(Faults(ArbiterHabits(knows_abort=True))) as bench:
+        bench.superblock = replace(bench.superblock, probe=ProbeFlag.PREEMPT_ABORT_WORKS)
+        async with bench.arbiter() as holder, bench.arbiter("victim") as victim:
+            await bench.admit(NODE, VICTIM)
+            await holder.open_paths()
+            await victim.open_paths(VICTIM)
+            await holder.take_office()
+            bench.lun.drains_wait()
+            hold = bench.lun.hold(lambda c: c.data == b"L" * 512)
+
+            async def write() -> None:
+                with pytest.raises(BlockError):
+                    await victim.data.device.write(AT, b"L" * 512)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                await hold.wait_held()
+                assert await holder.do(effects.Fence(2, (), (VICTIM,))) == Good(None)
+            hold.lift()
+            assert await read(holder) == bytes(512)
 
 
 async def test_a_node_is_fenced_whole() -> None:

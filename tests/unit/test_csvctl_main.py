@@ -168,9 +168,13 @@ def test_options_of_mount_8() -> None:
     assert parse_options("node=h1,initiator=iqn.2026-11.x:y,ro") == MountOptions(
         "h1", "iqn.2026-11.x:y", ("ro",)
     )
+    wanted = MountOptions(cluster="10.1.0.1:5", evict_after_s=12.5)
+    assert parse_options("cluster=10.1.0.1:5,evict_after=12.5") == wanted
 
 
-@pytest.mark.parametrize("option", ["remount", "quota", "node=", "node", "uid=3"])
+@pytest.mark.parametrize(
+    "option", ["remount", "quota", "node=", "node", "uid=3", "evict_after=2", "evict_after=x"]
+)
 def test_unknown_options_of_mount_8(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_mount_helper(["file:///x", "/y", "-o", f"rw,{option}"]) == 1
     assert option.partition("=")[0] in capsys.readouterr().err

@@ -11,6 +11,10 @@ from csvctl.lun_argument import LunArgument, read_lun, require_root
 from csvfs.host import places
 from csvfs.host.problems import Kind, Problem
 
+LEAST_EVICT_AFTER_S = 5.0
+"""Less, and a host is evicted before its own sessions are given up as silent."""
+MOST_EVICT_AFTER_S = 600.0
+
 
 def mount(
     lun: Annotated[str, typer.Argument(metavar="LUN", help="The LUN's URL.")],
@@ -34,6 +38,16 @@ def mount(
             "Without it this host can use the volume only alone.",
         ),
     ] = "",
+    evict_after_s: Annotated[
+        float,
+        typer.Option(
+            "--evict-after",
+            metavar="SECONDS",
+            min=LEAST_EVICT_AFTER_S,
+            max=MOST_EVICT_AFTER_S,
+            help="How long another host may be silent before it is evicted; the same on all hosts.",
+        ),
+    ] = 6.0,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, and log to stderr, until it is unmounted.")
     ] = False,
@@ -55,6 +69,7 @@ def mount(
         node=node,
         initiator=initiator,
         cluster_address=cluster_address,
+        evict_after_s=evict_after_s,
         foreground=foreground,
     )
 
@@ -66,6 +81,7 @@ def mount_lun(
     node: str = "",
     initiator: str = "",
     cluster_address: str = "",
+    evict_after_s: float = 6.0,
     options: tuple[str, ...] = (),
     foreground: bool = False,
     quiet: bool = False,
@@ -89,6 +105,7 @@ def mount_lun(
         node=_node_name(node or places.node_name()),
         initiator=_initiator_name(initiator or places.initiator_name()),
         cluster_address=_cluster_address(cluster_address),
+        evict_after_s=evict_after_s,
         options=options,
         foreground=foreground,
         user=lun.credentials.user if lun.credentials else "",

@@ -7,10 +7,10 @@ pip installs it beside csvctl, but mount(8) looks for its helpers in /sbin only:
 
 Called as ``mount.csvfs SOURCE DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`` (mount(8),
 "external helpers"). Options of csvfs are ``node=NAME``, ``initiator=IQN``,
-``cluster=ADDR[:PORT]``, ``allow_dev`` and ``allow_suid``; those of mount(8) are handed on or, where
-they are for mount(8) alone, passed over. Any other is refused. (mount(8) does not tell its helpers
-of ``dev`` and ``suid``, which it takes for granted: so a mount is nodev and nosuid unless asked for
-in words of our own.)
+``cluster=ADDR[:PORT]``, ``evict_after=SECONDS``, ``allow_dev`` and ``allow_suid``; those of
+mount(8) are handed on or, where they are for mount(8) alone, passed over. Any other is refused.
+(mount(8) does not tell its helpers of ``dev`` and ``suid``, which it takes for granted: so a mount
+is nodev and nosuid unless asked for in words of our own.)
 """
 
 from __future__ import annotations
@@ -77,11 +77,13 @@ class MountOptions:
     initiator: str = ""
     kernel: tuple[str, ...] = ()
     cluster: str = ""
+    evict_after_s: float = 6.0
 
 
 def parse_options(text: str) -> MountOptions:
     """Read the value of ``-o``. Raises `Problem` (kind USAGE) for what nobody knows."""
     named = {"node": "", "initiator": "", "cluster": ""}
+    evict_after_s = 6.0
     kernel = []
     for option in filter(None, text.split(",")):
         name, _, value = option.partition("=")
@@ -91,11 +93,28 @@ def parse_options(text: str) -> MountOptions:
             kernel.append(_ALLOWED[option])
         elif name in named and value:
             named[name] = value
+        elif name == "evict_after" and value:
+            evict_after_s = _evict_after(value)
         elif option == "remount":
             raise Problem(Kind.USAGE, "options cannot be changed by remount: unmount and mount")
         elif option not in _PASSED_OVER and not name.startswith(("x-", "comment")):
             raise Problem(Kind.USAGE, f"the mount option {option!r} is not known")
-    return MountOptions(**named, kernel=tuple(kernel))
+    return MountOptions(**named, kernel=tuple(kernel), evict_after_s=evict_after_s)
+
+
+def _evict_after(text: str) -> float:
+    from csvctl.mount_cmd import LEAST_EVICT_AFTER_S, MOST_EVICT_AFTER_S
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not LEAST_EVICT_AFTER_S <= seconds <= MOST_EVICT_AFTER_S:
+        raise Problem(
+            Kind.USAGE,
+            f"evict_after={text}: seconds, {LEAST_EVICT_AFTER_S:g} to {MOST_EVICT_AFTER_S:g}",
+        )
+    return seconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,6 +153,7 @@ def run(arguments: list[str]) -> int:
                 node=options.node,
                 initiator=options.initiator,
                 cluster_address=options.cluster,
+                evict_after_s=options.evict_after_s,
                 options=options.kernel,
                 quiet=not parsed.verbose,
             )
