@@ -107,7 +107,7 @@ class RangesCluster(ChangingCluster):
         key = (event.resource, event.owner)
         if effect.outcome is not Outcome.DONE:
             assert isinstance(event, SetRange | FindConflict)
-            if event.owner.kind is Kind.FLOCK and not self._dying(event.owner):
+            if event.owner.kind is Kind.FLOCK and not self._dying(key):
                 # A conversion that failed has lost the old lock, unless nobody had looked at it.
                 client = self.cores[node].ranges.client
                 left = client.held.get(event.resource, {}).get(event.owner, Holdings()).spans
@@ -138,9 +138,13 @@ class RangesCluster(ChangingCluster):
             for owner, holdings in owners.items()
         }
 
-    def _dying(self, owner: Owner) -> bool:
+    def _dying(self, key: Key) -> bool:
+        """An owner of that name has died, and what it had of that file is being given up."""
+        resource, owner = key
         return any(
-            pending.ticket is None and pending.message.owner == owner
+            pending.ticket is None
+            and pending.message.owner == owner
+            and pending.message.resource == resource
             for pending in self.cores[owner.node].ranges.client.pending.values()
         )
 
@@ -148,7 +152,7 @@ class RangesCluster(ChangingCluster):
         believed = self.believed()
         for key in believed.keys() | self.truth.keys():
             owner = key[1]
-            if owner in self.busy or owner.node not in self.alive or self._dying(owner):
+            if owner in self.busy or owner.node not in self.alive or self._dying(key):
                 continue
             told = self.truth.get(key, Holdings()).spans
             assert believed.get(key, Holdings()).spans == told, key

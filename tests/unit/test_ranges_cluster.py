@@ -110,7 +110,7 @@ class RangeCluster(RuleBasedStateMachine):
 
     def _flock_failed(self, key: Key) -> None:
         """A conversion that failed has lost the old lock, unless nobody had looked at it yet."""
-        if self._dying(key[1]):
+        if self._dying(key):
             return  # what is left is that of a namesake, and is being given up
         left = self._believed().get(key, [])
         assert left in ([], self.truth.get(key, Holdings()).spans)
@@ -275,16 +275,19 @@ class RangeCluster(RuleBasedStateMachine):
         believed = self._believed()
         for file in FILES:
             for owner in OWNERS:
-                if owner not in self.busy and not self._dying(owner):
+                if owner not in self.busy and not self._dying((file, owner)):
                     truth = self.truth.get((file, owner), Holdings()).spans
                     assert believed.get((file, owner), []) == truth, (file, owner)
         for core in self.cores.values():
             core.check()
 
-    def _dying(self, owner: Owner) -> bool:
+    def _dying(self, key: Key) -> bool:
+        resource, owner = key
         core = self.cores.get(owner.node)
         return core is not None and any(
-            pending.ticket is None and pending.message.owner == owner
+            pending.ticket is None
+            and pending.message.owner == owner
+            and pending.message.resource == resource
             for pending in core.client.pending.values()
         )
 

@@ -286,6 +286,11 @@ def test_histories() -> None:
     _run(range(40))
 
 
+def test_a_known_history() -> None:
+    """A namesake of an owner locks one file while what that one had of another is given up."""
+    _run(range(2526, 2527))
+
+
 @pytest.mark.full
 def test_many_histories() -> None:
     _run(range(1000, 2000))
