@@ -1,7 +1,7 @@
 # The front door. `make` says what there is. Everything installs what it needs.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help system-packages demo test test-full explore sim sim-mutants lint bench clean
+.PHONY: help system-packages demo test test-full explore sim sim-mutants lint bench sixteen clean
 
 PYTHON ?= /usr/bin/python3
 VENV := .venv
@@ -11,6 +11,7 @@ FULL_MINUTES ?= 60
 ROUNDS ?= 5
 SEEDS ?= 1000
 START ?= 0
+MINUTES ?= 10
 SEED ?= $(shell shuf -i 1-999999 -n 1)
 
 # Build: what the native extension and pyfuse3 compile against. Run: mount, target, guest, workloads.
@@ -69,6 +70,9 @@ lint: $(VENV)/.installed ## ruff, ruff format, mypy --strict
 
 bench: $(VENV)/.installed ## the mount beside the raw LUN: a table and benchmarks/results/latest.json
 	$(SUDO) $(BIN)/python -m benchmarks
+
+sixteen: $(VENV)/.installed ## 16 hosts on this machine, all processors busy for MINUTES=10: nobody may be lost
+	$(SUDO) $(BIN)/python -m benchmarks.sixteen --minutes $(MINUTES)
 
 clean: ## remove what was built here
 	$(SUDO) rm -rf $(VENV) build *.egg-info redirector/native/_native.c redirector/native/*.so \

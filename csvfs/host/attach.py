@@ -107,9 +107,10 @@ class Attached:
     def status(self) -> dict[str, Any]:
         """What `csvctl status` tells of the volume."""
         identity, path, cluster = self.path.identity, self.path.status(), self.cluster
-        own, view = cluster.me, self.node.view
+        own, view, locks = cluster.me, self.node.view, self.node.locks
         assert own is not None
         assert view is not None
+        assert locks is not None
         return {
             "path": "direct" if path.flows else f"waiting: {path.trouble}",
             "path_losses": path.losses,
@@ -121,6 +122,12 @@ class Attached:
             "coordinator": _coordinator_of(cluster) or "none",
             "members": [view.slots[node.slot].node_name for node in view.active],
             "lease_left_s": round(max(cluster.lease.left_s, 0.0), 1),
+            "lease_least_left_s": round(
+                max(min(cluster.lease.least_left_s, cluster.lease.left_s), 0.0), 1
+            ),
+            "leases_lost": cluster.lease.lost,
+            "locks_cached": locks.statistics().idle,
+            "lock_messages_sent": self.node.link.sent,
             "key": f"{path.key:#018x}",
             "initiator": self._initiator,
             "cluster_address": ", ".join(view.slots[own.slot].addresses) or "none",

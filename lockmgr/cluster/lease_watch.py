@@ -36,6 +36,11 @@ class LeaseWatch:
         self._renewer = renewer
         self._stop: Stop | None = None
         self._changed = trio.Event()
+        self.least_left_s = float("inf")
+        """What was left of it when a renewal was heard of, at least; the event loop may have heard
+        later than the renewal came. Negative: it had been over."""
+        self.lost = 0
+        """How often it had been over when it was renewed."""
 
     def valid(self) -> bool:
         """Whether it runs now."""
@@ -66,6 +71,10 @@ class LeaseWatch:
     # -- what the service says -------------------------------------------------------------------
     def renewed(self, until_s: float) -> None:
         """It runs until then."""
+        left_s = self._until_s - clock_gettime(CLOCK_BOOTTIME)
+        if left_s != float("-inf"):  # not the first
+            self.least_left_s = min(self.least_left_s, left_s)
+            self.lost += left_s < 0
         self._until_s = max(self._until_s, until_s)
         self._wake()
 

@@ -114,6 +114,8 @@ class LockLink:
         """What has arrived before there is a lock manager."""
         self._due = NEVER
         self._sleep = trio.CancelScope()
+        self.sent = 0
+        """Messages of this node's lock manager to others."""
 
     # -- what the node says --------------------------------------------------------------------
     def use(self, network: Carrier) -> None:
@@ -155,6 +157,7 @@ class LockLink:
         line = self._by_number.get(to)
         if line is None:
             return
+        self.sent += 1
         if line.channel.send(message):
             assert self._network is not None
             self._network.send(line.peer, message)
