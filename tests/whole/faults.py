@@ -84,7 +84,8 @@ class Faults:
             self.world.wires.death(host.name, node)
         await life.ended.wait()
         await self._wait()
-        self._start(host)
+        if host.life is life:
+            self._start(host)
 
     async def _power_off(self, host: Host) -> None:
         life = host.life
@@ -93,7 +94,8 @@ class Faults:
         await self._wait()
         life.forget()
         await life.ended.wait()
-        self._start(host)
+        if host.life is life:
+            self._start(host)
 
     async def _freeze(self, host: Host) -> None:
         host.machine.freeze()

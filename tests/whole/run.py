@@ -147,7 +147,11 @@ class Run:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_land_at_random, lun, Random(rng.random()), share)
                 nursery.start_soon(world.wires.watch)
-                await self._hosts(nursery)
+                try:
+                    await self._hosts(nursery)
+                finally:
+                    for host in world.hosts:  # else a run that has failed would not end
+                        host.machine.thaw()
                 nursery.cancel_scope.cancel()
         self.seconds = trio.current_time()
 
