@@ -74,6 +74,7 @@ class Process:
         while time.monotonic() < deadline:
             if Path(f"/proc/{self.child.pid}/syscall").read_text().split()[0] in BLOCKED:
                 return True
+            assert self.child.stdout is not None
             if select.select([self.child.stdout], [], [], 0.0005)[0]:
                 return False
         raise AssertionError("it neither waits nor answers")
