@@ -54,8 +54,7 @@ def mount(
 ) -> None:
     """Mount the volume on LUN at DIR, and detach once the mount answers.
 
-    Example: csvctl mount iscsi://10.0.0.5/iqn.2026-11.org.example:vms/1 /srv/vms \
-    --cluster-address 10.1.0.1
+    Example: csvctl mount iscsi://san1/iqn.2026-11.org.x:vms/1 /srv/vms --cluster-address 10.1.0.1
 
     fcntl and flock locks, QEMU's image locks among them, do not cross hosts yet.
 

@@ -126,7 +126,7 @@ class Demo:
         return "each host booted its guest; it wrote, flushed and verified 150 blocks"
 
     def _expect(self, guest: Machine, words: str) -> None:
-        guest.wait_for("^GUEST UP", 90)
+        guest.wait_for("^GUEST UP", 240)
         verified = guest.wait_for("^VERIFIED", 120)
         guest.wait_ended(30)
         if verified != words:
