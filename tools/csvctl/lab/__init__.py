@@ -23,5 +23,5 @@ block, history, verdict      the verifying workload's block, its log, and the ju
 workload, directory_work     what runs on the hosts
 directory_model              is there an order in which all this could have happened? (pure)
 stage                        files, programs and faults of a scenario, and its result
-scenarios, directory_scenario   what `lab run` plays
+scenarios, fault_scenario, directory_scenario   what `lab run` plays
 """

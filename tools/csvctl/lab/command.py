@@ -151,6 +151,9 @@ def run(
     scenario: Annotated[
         str, typer.Argument(metavar="[SCENARIO]", help="Left out: list what there is.")
     ] = "",
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Of what is done at random.")
+    ] = None,
     directory: Directory = _DEFAULT,
     as_json: Json = False,
 ) -> None:
@@ -167,7 +170,7 @@ def run(
         return
     require_root()
     with console.spinner(f"lab run {scenario}") as tell:
-        result = play(_absolute(directory), scenario, tell)
+        result = play(_absolute(directory), scenario, tell, seed)
     if as_json:
         console.say(json.dumps(result))
     else:

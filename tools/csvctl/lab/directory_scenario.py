@@ -58,7 +58,7 @@ def many_in_one_directory(stage: Stage) -> None:
     name = f"{stage.work.name}.d"
     first = stage.hosts()[0]
     (first.mountpoint / name).mkdir()
-    chooser = random.Random(name)
+    chooser = random.Random(stage.seed)
     before: Content = {}
     with _workers(stage, name) as workers:
         for number in range(_ROUNDS):

@@ -47,6 +47,8 @@ class Row:
     """It is the case until it is healed."""
     ends_daemon: bool = False
     """The mount is gone for good: healing makes a new one."""
+    needs_daemon: bool = False
+    """It befalls the daemon alone."""
 
 
 def strike(host: Host, kind: Fault, seconds: float = 0.0) -> None:
@@ -55,6 +57,10 @@ def strike(host: Host, kind: Fault, seconds: float = 0.0) -> None:
     if row.lasts:
         if kind in host.state.faults and kind is not Fault.SLOW_SAN:
             raise Problem(Kind.USAGE, f"{host.name} has the fault {kind} already")
+        if row.needs_daemon and host.daemon() is None:
+            raise Problem(
+                Kind.USAGE, f"no daemon lives on {host.name}: `csvctl lab heal {host.name}`"
+            )
         host.state.faults[kind] = seconds or DEFAULT_SLOWNESS_S if kind is Fault.SLOW_SAN else 0.0
         state.write(host.lab)
     row.strike(host)
@@ -124,8 +130,8 @@ FAULTS: Final[dict[Fault, Row]] = {
         "connections to the target are closed, and new ones refused", _apply_links
     ),
     Fault.NET_CUT: Row("the cluster link drops everything, silently", _apply_links),
-    Fault.KILL: Row("SIGKILL for the daemon", _kill, ends_daemon=True),
-    Fault.FREEZE: Row("SIGSTOP for the daemon", _freeze),
+    Fault.KILL: Row("SIGKILL for the daemon", _kill, ends_daemon=True, needs_daemon=True),
+    Fault.FREEZE: Row("SIGSTOP for the daemon", _freeze, needs_daemon=True),
     Fault.POWER_OFF: Row(
         "both links cut, then everything on the host killed", _power_off, ends_daemon=True
     ),

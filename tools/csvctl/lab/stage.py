@@ -4,17 +4,21 @@ A scenario starts programs on hosts, breaks things and mends them; the stage kee
 end everything is mended and stopped, every host reads every file, all unmount, `csvctl check` looks
 at the volume, and all mount again.
 
-A host is *lost* once its mount was ended by a fault, or it was evicted: errors of the programs that
-were on it then are as they must be, and their pauses count for nothing.
+A host is *down* from when its mount was ended by a fault, or it was evicted, until it has mounted
+again: errors of the programs that were on it are as they must be, and their pauses count for
+nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +28,7 @@ from csvctl.lab.block import Version
 from csvctl.lab.faults import Fault
 from csvctl.lab.history import Diary, History, Place, read_log
 from csvctl.lab.host import Host
-from csvctl.lab.processes import wait_until
+from csvctl.lab.processes import end, wait_until
 from csvctl.lab.verdict import judge
 from csvctl.lab.workload import Job
 from csvfs.host.problems import Kind, Problem
@@ -34,6 +38,7 @@ _STOP_LIMIT_S: Final = 60.0
 _CHECK_LIMIT_S: Final = 300.0
 _LONG_S: Final = 1.0
 """A pause that nobody should have who has nothing to do with what was broken."""
+_PROGRAMS: Final = ("csvctl.lab.workload", "csvctl.lab.directory_work")
 _SHOWN: Final = 10
 """Of a long list of mistakes, so many are shown."""
 
@@ -94,9 +99,11 @@ class Stage:
     directory: Path
     scenario: str
     tell: Callable[[str], None]
+    seed: int
     files: list[File] = field(default_factory=list)
     programs: list[Running] = field(default_factory=list)
-    lost: set[str] = field(default_factory=set)
+    down: set[str] = field(default_factory=set)
+    """Hosts whose mount is lost, until they mount again."""
     details: dict[str, Any] = field(default_factory=dict)
     final: dict[Place, Version] = field(default_factory=dict)
     foreign: dict[Place, str] = field(default_factory=dict)
@@ -133,7 +140,7 @@ class Stage:
 
     def lose(self, name: str) -> None:
         """A host's mount is lost, and with it the programs that are there now."""
-        self.lost.add(name)
+        self.down.add(name)
         for program in self.programs:
             program.doomed = program.doomed or program.host == name
 
@@ -143,6 +150,20 @@ class Stage:
         host = self.host(name)
         host.wait_daemon_ended()
         host.mount()
+        self.down.discard(name)
+
+    def sweep(self) -> None:
+        """Take away what a scenario that was killed has left: its programs, and its files."""
+        earlier = {path.name for path in self.work.parent.iterdir()} - {self.work.name}
+        for host in self.hosts():
+            left = [each for each in host.processes() if each.module in _PROGRAMS]
+            end(left, [host.namespace])
+        place = self.hosts()[0].mountpoint
+        for path in place.iterdir():
+            if path.suffix == ".d" and path.stem in earlier:
+                shutil.rmtree(path)
+            elif path.suffix == ".img" and path.stem.rpartition("-")[0] in earlier:
+                path.unlink()
 
     # -- programs ------------------------------------------------------------------------------
     def new_file(self, *, blocks: int = 256, block_bytes: int = 4096) -> File:
@@ -305,7 +326,7 @@ class Stage:
             "stale_reads": len(verdict.stale),
             "zombie_writes": len(verdict.zombies),
             "check": check,
-            "details": {"acknowledged": acked, "reads": reads, **self.details},
+            "details": {"seed": self.seed, "acknowledged": acked, "reads": reads, **self.details},
         }
 
     def _blame(self, program: Running, diary: Diary, errors: list[str]) -> None:
@@ -317,6 +338,17 @@ class Stage:
             self.mistakes.append(f"the {name} did not end")
         elif diary.ended_ns is None and not diary.errors:
             self.mistakes.append(f"the {name} ended with {program.process.poll()}")
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """While the block runs no other scenario is played in the lab. Raises `Problem`."""
+    with open(directory / "work" / "lock", "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(Kind.USAGE, f"a scenario is being played in {directory}") from None
+        yield
 
 
 def require_idle(directory: Path, least: int, scenario: str) -> None:

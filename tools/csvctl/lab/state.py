@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from csvfs.host.problems import Kind, Problem
+from csvfs.ondisk.geometry import MAX_LUN_BYTES, MIN_LUN_BYTES
 
 INDEX: Final = Path("/run/csvfs-lab")
 NAMESPACES: Final = Path("/run/netns")
@@ -128,6 +129,10 @@ def new_state(directory: Path, hosts: int, size_bytes: int) -> LabState:
     """A lab that nothing exists of yet. Raises `Problem` (kind USAGE)."""
     if not 1 <= hosts <= MAX_HOSTS:
         raise Problem(Kind.USAGE, f"a lab has 1 to {MAX_HOSTS} hosts, not {hosts}")
+    if not MIN_LUN_BYTES <= size_bytes <= MAX_LUN_BYTES:
+        raise Problem(
+            Kind.USAGE, f"a LUN has {MIN_LUN_BYTES >> 20} MiB to {MAX_LUN_BYTES >> 50} PiB"
+        )
     if len(os.fsencode(directory)) > MAX_DIRECTORY_BYTES:
         raise Problem(
             Kind.USAGE,
