@@ -370,7 +370,7 @@ def test_a_dead_host_is_not_killed_or_frozen_and_healing_twice_is_no_error(up: L
 @pytest.mark.full
 def test_what_a_killed_scenario_leaves_does_not_disturb_the_next(up: Lab) -> None:
     first = up.start("run", "quiet")
-    wait_until(lambda: list(up.host.mountpoint.glob("*.img")), "the scenario")
+    wait_until(lambda: any(up.host.mountpoint.glob("*.img")), "the scenario")
     assert "a scenario is being played" in up("run", "quiet", code=64)
     first.send_signal(signal.SIGKILL)
     first.wait()
