@@ -59,6 +59,8 @@ class Daemon:
         """The volume was left, or could not be."""
         self._trouble: Problem | None = None
         """Why the mount ended otherwise than by a clean leave."""
+        self.told = False
+        """The log has it already."""
 
     async def run(self) -> None:
         """From start to end. Raises what kept it from starting, or from leaving cleanly."""
@@ -129,7 +131,7 @@ class Daemon:
             if self._trouble.kind is Kind.BUG:
                 _log.exception("the FUSE session ends by a bug")
         if serving.failure and self._trouble is None:
-            self._trouble = Problem(Kind.LUN_LOST, serving.failure)
+            self._trouble, self.told = Problem(Kind.LUN_LOST, serving.failure), True
 
     def _record(self, attached: Attached) -> MountRecord:
         settings = self._settings
@@ -208,13 +210,14 @@ def main() -> int:
     settings = MountSettings.decode(sys.stdin.buffer.read())
     with logs.logging_to(logs.destination(settings.foreground), settings.password):
         harden()
+        daemon = Daemon(settings, reporter, int(sys.argv[2]))
         try:
-            trio.run(Daemon(settings, reporter, int(sys.argv[2])).run)
+            trio.run(daemon.run)
         except BaseException as error:
             problem = problem_of(error)
             if problem.kind is Kind.BUG:
                 _log.exception("the daemon ends by a bug")
-            else:
+            elif not daemon.told:
                 _log.error("%s: %s", settings.directory, problem)
             reporter.failed(problem)
             return 1

@@ -304,7 +304,17 @@ class Unresponsive:
     to be evicted. It may be this node itself."""
 
     node: int
-    words: str
+    resource: bytes
+    """The name of one that others want."""
+    held: Mode
+    silent_s: float
+
+    def words(self, resource: str = "") -> str:
+        """For people, who may know the resource by another name."""
+        return (
+            f"it holds {self.held} of {resource or repr(self.resource)}, which others want, and "
+            f"has not said for {self.silent_s:g} s that it works on it"
+        )
 
 
 @dataclass(frozen=True, slots=True)

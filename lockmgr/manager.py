@@ -96,7 +96,7 @@ class LockManager:
         members: Sequence[int] | None = None,
         send: SendTo = _nobody_there,
         on_thawed: Callable[[int], None] = _tell_nobody,
-        on_unresponsive: Callable[[int, str], None] = _tell_nobody,
+        on_unresponsive: Callable[[events.Unresponsive], None] = _tell_nobody,
     ) -> None:
         self.core = LockCore(node, epoch, settings, members)
         self._send = send
@@ -362,8 +362,8 @@ class LockManager:
                     self._gathered[ticket].set()
                 case events.Thawed(epoch):
                     self._on_thawed(epoch)
-                case events.Unresponsive(node, words):
-                    self._on_unresponsive(node, words)
+                case events.Unresponsive():
+                    self._on_unresponsive(effect)
                 case RangeDone() | RangeFound():
                     assert self._ranges is not None
                     self._ranges.answered(effect)
@@ -441,7 +441,7 @@ async def open_lock_manager(
     members: Sequence[int] | None = None,
     send: SendTo = _nobody_there,
     on_thawed: Callable[[int], None] = _tell_nobody,
-    on_unresponsive: Callable[[int, str], None] = _tell_nobody,
+    on_unresponsive: Callable[[events.Unresponsive], None] = _tell_nobody,
 ) -> AsyncIterator[LockManager]:
     """A lock manager with a nursery of its own; the arguments are those of `LockManager`.
 

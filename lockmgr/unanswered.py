@@ -140,11 +140,7 @@ class Unanswered:
                 self._told[holder, name] = now
                 late.setdefault(holder, name)
         return [
-            Unresponsive(
-                holder,
-                f"it holds {mastered[name].granted[holder]} of {name!r}, which others want, and "
-                f"has not said for {self._evict_after_s:g} s that it works on it",
-            )
+            Unresponsive(holder, name, mastered[name].granted[holder], self._evict_after_s)
             for holder, name in late.items()
         ]
 

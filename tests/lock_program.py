@@ -40,7 +40,7 @@ from lockmgr.cluster.lock_link import LockLink
 from lockmgr.cluster.peers import Address
 from lockmgr.cluster.service import Cluster, open_cluster
 from lockmgr.cluster.view import NodeId
-from lockmgr.events import ViewChanged
+from lockmgr.events import Unresponsive, ViewChanged
 from lockmgr.lock import Lock
 from lockmgr.manager import LockManager
 from lockmgr.mastering import node_number, slot_and_incarnation
@@ -89,8 +89,8 @@ class Program:
     def _evict(self, node: NodeId, words: str) -> None:
         self.cluster.evict(node, words)
 
-    def _unresponsive(self, number: int, words: str) -> None:
-        self.cluster.evict(NodeId(*slot_and_incarnation(number)), words)
+    def _unresponsive(self, found: Unresponsive) -> None:
+        self.cluster.evict(NodeId(*slot_and_incarnation(found.node)), found.words())
 
     def _thawed(self, epoch: int) -> None:
         self.cluster.locks_thawed(epoch)

@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from csvfs.engine.glance import glimpsed
-from csvfs.engine.locks import INODE_PREFIX, Resources, lock_order
+from csvfs.engine.locks import INODE_PREFIX, Resources, in_words, lock_order
 from csvfs.errors import VolumeFailed
 from csvfs.journal.store import Store
 from csvfs.namespace.inode_table import InodeState, InodeTable
@@ -88,7 +88,7 @@ class LockOwner:
         except (VolumeFailed, BlockError) as failure:
             # Nobody may read the half of it that reached the LUN: the lock stays with this node
             # until it has left. Nothing else is waited for; the mount is being torn down.
-            _log.error("%r is not given up: %s", resource.name, failure)
+            _log.error("%s: not given up: %s", in_words(resource.name), failure)
             await trio.sleep_forever()
 
     async def glimpse(self, resource: Resource) -> bytes:

@@ -7,6 +7,7 @@ record, whatever library wrote it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -48,6 +49,16 @@ class Redact(logging.Filter):
                 message = message.replace(each, "***")
             record.msg, record.args = message, ()
         return True
+
+
+def calm_late_answer(record: logging.LogRecord) -> bool:
+    """A filter. pyfuse3 calls it an error if nobody waits for an answer any more: the connection
+    was aborted, which the log says, or the caller was killed."""
+    nobody = os.strerror(errno.ENOENT)
+    if record.levelno > logging.DEBUG and record.getMessage().endswith(f"failed with {nobody}"):
+        record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
+        return logging.getLogger().isEnabledFor(logging.DEBUG)
+    return True
 
 
 class JournalHandler(logging.Handler):
@@ -99,12 +110,15 @@ def logging_to(where: str, *secrets: str) -> Iterator[None]:
     root.handlers = [QueueHandler(records)]
     root.setLevel(os.environ.get("CSVFS_LOG_LEVEL", "INFO").upper())
     logging.captureWarnings(True)
+    replies = logging.getLogger("pyfuse3")
+    replies.addFilter(calm_late_answer)
     listener = QueueListener(records, handler)
     listener.start()
     try:
         yield
     finally:
         listener.stop()
+        replies.removeFilter(calm_late_answer)
         logging.captureWarnings(False)
         root.handlers = handlers
         root.setLevel(level)

@@ -30,6 +30,7 @@ from typing import Final
 
 import trio
 
+from csvfs.engine.locks import in_words
 from csvfs.errors import FilesystemError, VolumeFailed
 from csvfs.format import BadBlock, Superblock
 from csvfs.journal.replay import JournalDamaged
@@ -50,7 +51,7 @@ from lockmgr.cluster.effects import (
 from lockmgr.cluster.lock_link import LockLink
 from lockmgr.cluster.service import Cluster
 from lockmgr.cluster.view import NodeId, SlotState, View, ViewSlotFlag
-from lockmgr.events import ViewChanged
+from lockmgr.events import Unresponsive, ViewChanged
 from lockmgr.manager import LockManager
 from lockmgr.mastering import node_number, slot_and_incarnation
 from lockmgr.settings import Settings as LockSettings
@@ -287,16 +288,20 @@ class ClusterNode:
         self._cluster.locks_thawed(epoch)
         self._started.set()
 
-    def _on_silent_holder(self, number: int, words: str) -> None:
+    def _on_silent_holder(self, found: Unresponsive) -> None:
         """Said again as long as it is so. Of two that do not hear each other either may be the
         one that is cut off: that is for the judge, who sees all of them."""
-        node, cluster = NodeId(*slot_and_incarnation(number)), self._cluster
+        node, cluster = NodeId(*slot_and_incarnation(found.node)), self._cluster
         if cluster.lease.valid() if node == cluster.me else cluster.hears(node):
-            self._on_unresponsive(node, words)
+            self._on_unresponsive(node, found.words(in_words(found.resource)))
 
     def _on_unresponsive(self, node: NodeId, words: str) -> None:
-        _log.error("node %s is to be evicted: %s", node, words)
+        _log.warning("%s is to be evicted: %s", self._name_of(node), words)
         self._cluster.evict(node, words)
+
+    def _name_of(self, node: NodeId) -> str:
+        name = self.view.slots[node.slot].node_name if self.view is not None else ""
+        return f"{name} ({node})" if name else f"node {node}"
 
     def fail(self, failure: VolumeFailed) -> None:
         """This node cannot go on."""

@@ -226,10 +226,10 @@ class Locking:
                 emptied, self._emptied = self._emptied, None
                 if emptied is not None:
                     emptied()
-            case lock_events.Unresponsive(number, words):
+            case lock_events.Unresponsive(number):
                 node = NodeId(*slot_and_incarnation(number))
-                daemon.world.trace(daemon.name, f"  {words}")
-                daemon.step(events.EvictWanted(node, words))
+                daemon.world.trace(daemon.name, f"  {effect.words()}")
+                daemon.step(events.EvictWanted(node, effect.words()))
             case lock_events.EpochRefused():
                 pass
 

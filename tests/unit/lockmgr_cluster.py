@@ -91,7 +91,7 @@ class Cluster:
         self.waiting: dict[Claim, int] = {}
         self.held: dict[Claim, int] = {}
         self.emptied: set[int] = set()
-        self.unresponsive: list[tuple[int, int, str]] = []
+        self.unresponsive: list[tuple[int, Unresponsive]] = []
         """Who names whom, and why."""
         self.demotions: list[tuple[int, bytes, Mode]] = []
         self.values: dict[bytes, bytes | None] = {}
@@ -271,8 +271,8 @@ class Cluster:
                     self.channels[node, to].append(message)
             case Emptied():
                 self.emptied.add(node)
-            case Unresponsive(named, words):
-                self.unresponsive.append((node, named, words))
+            case Unresponsive():
+                self.unresponsive.append((node, effect))
             case _:
                 self._carry_out_change(node, effect)
 

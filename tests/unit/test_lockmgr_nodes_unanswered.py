@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from lockmgr.events import Stalled, ViewChanged
+from lockmgr.events import Stalled, Unresponsive, ViewChanged
 from lockmgr.manager import LockManager, open_lock_manager
 from lockmgr.mastering import rendezvous
 from lockmgr.messages import Resource, Working
@@ -52,7 +52,7 @@ def pass_time(cluster: Cluster, seconds: float, *, mute: int | None = None) -> N
 
 
 def named(cluster: Cluster) -> list[tuple[int, int]]:
-    return [(judge, holder) for judge, holder, _words in cluster.unresponsive]
+    return [(judge, found.node) for judge, found in cluster.unresponsive]
 
 
 def test_an_owner_that_takes_its_time_is_not_named() -> None:
@@ -85,8 +85,8 @@ def test_a_stalled_holder_is_named_again_and_again() -> None:
     assert not cluster.unresponsive, "it has said something 5 s ago"
     pass_time(cluster, 3)
     assert named(cluster) == [(MASTER, HOLDER)], "once for all that it holds"
-    (_, _, words) = cluster.unresponsive[0]
-    assert words == (
+    assert cluster.unresponsive == [(MASTER, Unresponsive(HOLDER, b"r", EX, 6))]
+    assert cluster.unresponsive[0][1].words() == (
         "it holds EX of b'r', which others want, and has not said for 6 s that it works on it"
     )
     pass_time(cluster, 7)
@@ -198,9 +198,8 @@ async def two_managers(wires: Wires) -> AsyncIterator[tuple[LockManager, LockMan
         nursery.start_soon(wires.carry)
         for node in range(2):
 
-            def name(named: int, words: str, judge: int = node) -> None:
-                assert "which others want" in words
-                wires.named.append((judge, named))
+            def name(found: Unresponsive, judge: int = node) -> None:
+                wires.named.append((judge, found.node))
 
             wires.managers.append(
                 await stack.enter_async_context(
