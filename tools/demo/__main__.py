@@ -52,6 +52,7 @@ class Demo:
         self.guest_logs = {host: directory / f"{host}-console.log" for host in HOSTS}
         self._log_seen: dict[str, int] = {}
         self._rewritten = b""
+        self._frozen_life = ""
 
     # -- running things ------------------------------------------------------------------------
     def step(self, name: str, action: Callable[[], str]) -> None:
@@ -155,6 +156,7 @@ class Demo:
 
     def freeze(self) -> str:
         self._mark_log("host2")
+        _, self._frozen_life = self._life("host2")
         self.lab_command("fault", "freeze", "host2")
         return "SIGSTOP of its daemon while a guest and a program write"
 
@@ -213,11 +215,18 @@ class Demo:
 
     def come_back(self) -> str:
         self.lab_command("heal", "host2")
-        nodes = json.loads(self.on("host2", CSVCTL, "node", "list", "--json"))
-        mine = next(each for each in nodes["nodes"] if each["is_this_host"])
+        epoch, life = self._life("host2")
+        if life == self._frozen_life:
+            raise DemoFailed(f"host2 is {life} again, which was evicted")
         if self._digest("host2") != self._rewritten:
             raise DemoFailed("host2 sees other images than host1 wrote")
-        return f"view {nodes['epoch']}: slot {mine['slot']}, incarnation {mine['incarnation']}"
+        return f"view {epoch}: a new life: {life}; the frozen one was {self._frozen_life}"
+
+    def _life(self, host: str) -> tuple[int, str]:
+        """The epoch, and which life of which slot this host is."""
+        nodes = json.loads(self.on(host, CSVCTL, "node", "list", "--json"))
+        mine = next(each for each in nodes["nodes"] if each["is_this_host"])
+        return nodes["epoch"], f"slot {mine['slot']}, incarnation {mine['incarnation']}"
 
     def power_off(self) -> str:
         image = self.mount("host3") / self.guest("host3")
