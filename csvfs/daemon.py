@@ -2,7 +2,8 @@
 
     start   harden; log in; lock file; claim; replay; volume; FUSE; the mount answers: ready
     serve   FUSE requests, the admin socket, signals
-    end     the kernel has ended the session: volume closed, claim released, record removed
+    end     the kernel has ended the session: volume closed, claim released, record removed. What
+            that waits for may never come (a LUN that is gone): a signal that insists ends the wait
     fail    the volume cannot be written any more, or a bug: the connection is aborted with the
             reason in log and record; nothing is released, the next mount recovers
 
@@ -55,6 +56,11 @@ class Daemon:
         self._reporter = reporter
         self._starting = Starting()
         self._serving: Serving | None = None
+        self._attached: Attached | None = None
+        """That is being left."""
+        self._signals = 0
+        """That asked to end, since it is mounted."""
+        self._leaving = trio.CancelScope()
         self._ended = trio.Event()
         """The volume was left, or could not be."""
         self._trouble: Problem | None = None
@@ -76,14 +82,16 @@ class Daemon:
         """Attach, serve, leave. What goes wrong is in ``_trouble``, and in the record."""
         record: MountRecord | None = None
         try:
-            async with attach(
-                self._settings, self._reporter, self._starting, self._will_fd
-            ) as attached:
-                record = self._record(attached)
-                await self._serve(attached, record, nursery)
-                notify_manager("STOPPING=1")
-                record = record.leaving()
-                record.write()
+            with self._leaving:
+                async with attach(
+                    self._settings, self._reporter, self._starting, self._will_fd
+                ) as attached:
+                    record = self._record(attached)
+                    await self._serve(attached, record, nursery)
+                    notify_manager("STOPPING=1")
+                    record = record.leaving()
+                    record.write()
+                    self._attached = attached
         except Exception as error:
             self._trouble = self._trouble or problem_of(error)
             if problem_of(error).kind is Kind.BUG:
@@ -177,8 +185,24 @@ class Daemon:
                 _log.info("%s", signal.Signals(number).name)
                 if self._serving is None:
                     self._starting.cancel()
-                else:
+                    continue
+                self._signals += 1
+                if self._attached is None:
                     await self._serving.stop()
+                else:
+                    self._insist(self._attached)
+
+    def _insist(self, attached: Attached) -> None:
+        """A signal while the volume is being left: the second one ends a wait for the LUN, the
+        third one any. Then this host ends as in a crash, and the others replay its journal."""
+        trouble = attached.path.status().trouble
+        if self._signals < (2 if trouble else 3):
+            _log.warning("the volume is being left%s", f", and waits: {trouble}" if trouble else "")
+            return
+        words = f"ended by a signal before the volume was left{trouble and f' ({trouble})'}"
+        self._trouble = self._trouble or Problem(Kind.INTERRUPTED, words)
+        attached.path.evict(words)
+        self._leaving.cancel()
 
     async def _umount(self, serving: Serving) -> dict[str, Any]:
         await serving.unmount()
@@ -191,7 +215,7 @@ class Daemon:
         self, attached: Attached, serving: Serving, record: MountRecord
     ) -> dict[str, Any]:
         return {
-            "state": str(record.state),
+            "state": str(record.state if self._attached is None else MountState.LEAVING),
             "mounted_since_ns": record.since_ns,
             **attached.status(),
             "requests_waiting": serving.waiting(),

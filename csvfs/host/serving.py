@@ -8,7 +8,7 @@ host had granted, had it not evicted this one): they are cancelled. The volume s
 
 SIGTERM asks: while files are open the directory is only detached (umount2(2) MNT_DETACH), and the
 mount serves on until the last is closed, because a guest's disk must not vanish under it. Who sends
-a second one insists.
+a second one insists. (While the volume is being left, `csvfs.daemon` hears what is sent.)
 
 Concurrency. `run` is one task with the session's tasks below it; `unmount`, `stop` and `fail` may
 be called from any other task. pyfuse3 keeps its session in globals: one `Serving` a process.

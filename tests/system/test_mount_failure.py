@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from csvfs.format import (
     view_address,
 )
 from csvfs.host import mountpoint
-from tests.mounts import Host
+from tests.mounts import CSVCTL, Host
 from tests.tgt import Tgt, wait_until
 
 pytestmark = pytest.mark.system
@@ -64,6 +65,50 @@ def test_io_waits_for_a_target_that_goes_away(tgt: Tgt, host: Host) -> None:
         assert mnt.status()["path"] == "direct"
         assert mnt.status()["path_losses"] >= 1
     assert "the volume is clean" in host.csvctl("check", tgt.url).stdout
+
+
+def test_a_signal_ends_a_leave_that_waits_for_the_target(tgt: Tgt, host: Host) -> None:
+    """Who unmounts while the LUN is gone waits for it; who insists need not kill."""
+    host.expect("")
+    with host.mounted(tgt.url) as mnt:
+        with (mnt.path / "file").open("wb", buffering=0) as file:
+            file.write(b"kept")
+            os.fsync(file.fileno())
+        (mnt.path / "later").write_bytes(b"not fsynced")
+        pid = mnt.pid
+        tgt.kill()
+        wait_until(lambda: "waiting" in mnt.status()["path"], "the path to be seen as lost")
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: mnt.status()["state"] == "leaving", "the volume to be being left")
+        os.kill(pid, signal.SIGTERM)
+        host.wait_logged("ended by a signal before the volume was left")
+        wait_until(lambda: not host.daemons(), "the daemon and its supervisor to end")
+        tgt.restart()
+        mnt.remount()
+        assert (mnt.path / "file").read_bytes() == b"kept"
+    assert "the volume is clean" in host.csvctl("check", tgt.url).stdout
+
+
+def test_csvctl_umount_waits_for_who_is_leaving(tgt: Tgt, host: Host) -> None:
+    """The directory is free already, the volume is not: another host cannot mount it yet."""
+    host.expect("")
+    with host.mounted(tgt.url) as mnt:
+        (mnt.path / "file").write_bytes(b"kept")
+        tgt.kill()
+        wait_until(lambda: "waiting" in mnt.status()["path"], "the path to be seen as lost")
+        os.kill(mnt.pid, signal.SIGTERM)
+        wait_until(lambda: mnt.status()["state"] == "leaving", "the volume to be being left")
+        waiter = subprocess.Popen(
+            [CSVCTL, "umount", str(mnt.path)], env=host.environment, stdout=subprocess.PIPE
+        )
+        assert waiter.stdout is not None
+        assert b"waiting until the volume is left" in waiter.stdout.readline()
+        assert waiter.poll() is None
+        tgt.restart()
+        with waiter.stdout:
+            assert waiter.wait(60) == 0
+        mnt.remount()
+        assert (mnt.path / "file").read_bytes() == b"kept"
 
 
 def test_a_cut_connection_is_no_error(tgt: Tgt, host: Host) -> None:

@@ -27,13 +27,19 @@ def umount(
     from csvfs.host.daemon_lock import wait_daemon_ended
     from csvfs.host.dead_mount import detach_dead_mount
     from csvfs.host.problems import Kind, Problem
-    from csvfs.host.record import find_record
+    from csvfs.host.record import MountState, find_record
 
     if detach_dead_mount(directory):
         console.say(f"{directory}: its daemon was gone; the dead mount is detached")
         return
     mounted = mountpoint.find(directory)
     if mounted is None or mounted.kind != mountpoint.FILESYSTEM_TYPE:
+        record = find_record(mountpoint.resolve(directory))
+        if record is not None and record.state is MountState.LEAVING:
+            console.say(f"{directory} is not mounted any more; waiting until the volume is left")
+            if wait_daemon_ended(bytes.fromhex(record.volume_id), timeout_s=LEAVE_LIMIT_S):
+                return
+            raise Problem(Kind.NO_ANSWER, f"the volume is not left after {LEAVE_LIMIT_S:.0f} s")
         raise Problem(Kind.NOT_MOUNTED, f"no csvfs volume is mounted at {directory}")
     record = find_record(mounted.path)
     if record is None:
