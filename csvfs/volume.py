@@ -12,8 +12,8 @@ what it raises, is said where it is done:
 
 Concurrency: any number of tasks may call anything. These background tasks belong to a volume: the
 store's (`csvfs.journal.journal`), the reclaimer (`csvfs.data.reclaim`) and what it shows to others
-(`csvfs.data.peers`), the reader of free space (`csvfs.engine.space`), and the one that waits for
-orphans (`csvfs.namespace.orphans`).
+(`csvfs.data.peers`), the reader of free space (`csvfs.engine.space`), the one that waits for
+orphans (`csvfs.namespace.orphans`), and the one that claims groups (`csvfs.engine.homes`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from csvfs.data.truncation import Truncation
 from csvfs.engine.change import ChangeScope, OrphanQueue, ReclaimSignal
 from csvfs.engine.engine import Engine
 from csvfs.engine.glance import Glance
+from csvfs.engine.homes import claim_homes
 from csvfs.engine.lock_owner import LockAdapter, LockOwner
 from csvfs.engine.locks import FLUSHED_PREFIXES, TENDED_PREFIX, Resources
 from csvfs.engine.recovery import Recovery
@@ -244,6 +245,7 @@ async def open_volume(
             nursery.start_soon(volume.reclaimer.run)
             nursery.start_soon(volume.space.run)
             nursery.start_soon(volume.orphans.run)
+            nursery.start_soon(claim_homes, scope.affinity, resources, locks)
             yield volume
             if volume.failure is None:
                 await volume.close()

@@ -5,15 +5,21 @@ masters it locks without a message: the group, and the inodes and open locks pla
 begins in groups of its own, and what it made there stays cheap for it. Two nodes that fill
 directories of their own have nothing to say to each other.
 
-Only a preference: a node without a group of its own, or whose groups are full, takes any.
+Only a preference: a node without a group of its own, or whose groups are full, takes any. And so
+does one whose groups are locked by others, who freed something there or looked what is there: a
+transaction waits for no group as long as there is another. They keep those locks in their caches,
+though; so that the node does not stay for ever where each file costs messages, it *claims* one of
+its groups beside (`csvfs.engine.homes`): asks for its lock, and lets it go into its own cache.
 
 invariants: `home` is a group that this node masters in the present view, if there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
+
+import trio
 
 from csvfs.ondisk.geometry import Geometry
 
@@ -29,6 +35,8 @@ class Affinity:
         self._epoch = epoch
         self._homes: dict[int, int] = {}
         self._homes_of = 0
+        self._strayed = trio.Event()
+        self._stray_home = 0
 
     def home(self, group: int) -> int:
         """``group`` itself or the next one upward, around the end, that is this node's."""
@@ -42,8 +50,24 @@ class Affinity:
         return found
 
     def _search(self, group: int) -> int:
+        return next(self.homes(group), group)
+
+    def homes(self, group: int) -> Iterator[int]:
+        """All groups of this node, from ``group`` upward, around the end."""
         for step in range(self._count):
             candidate = (group + step) % self._count
             if self._masters(candidate):
-                return candidate
-        return group
+                yield candidate
+
+    def used(self, home: int, group: int) -> None:
+        """``group`` was taken for what was best in ``home``."""
+        if group != home and self._masters(home) and not self._masters(group):
+            self._stray_home = home
+            self._strayed.set()
+
+    async def strayed(self) -> int:
+        """The `home` of something that was made in the group of another node, since the last
+        return: await it."""
+        await self._strayed.wait()
+        self._strayed = trio.Event()
+        return self._stray_home

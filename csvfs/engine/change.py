@@ -147,7 +147,9 @@ class Change:
             group = placement.directory_group(scope.geometry, parent.ino, key)
         else:
             group = placement.near(scope.geometry, parent.ino)
-        ino = scope.groups.allocate_block(self.tx, scope.affinity.home(group))
+        home = scope.affinity.home(group)
+        ino = self._allocate_near(home)
+        scope.affinity.used(home, placement.near(scope.geometry, ino))
         self._lock(scope.resources.inode(ino))
         inode = new_inode(ino, mode, uid, gid, self.now_ns, parent=parent, rdev=rdev)
         block = self.tx.create(ino, BlockType.INODE, ino)
@@ -225,7 +227,8 @@ class Change:
             home = scope.affinity.home(placement.near(scope.geometry, file.ino))
             if goal is None:
                 goal = placement.file_goal(scope.geometry, file.ino, home)
-            run = scope.groups.allocate_units(self.tx, count, goal, groups=(home,))
+            homes = scope.affinity.homes(home)
+            run = scope.groups.allocate_units(self.tx, count, goal, groups=homes)
             insert_units(tree, first, run.first_unit, run.units)
             placed += [(first + i, run.first_unit + i << 1) for i in range(run.units)]
             file.units += run.units
@@ -342,8 +345,13 @@ class Change:
 
     def _allocate_block(self, near: int) -> int:
         scope = self.scope
-        group = placement.near(scope.geometry, near)
-        return scope.groups.allocate_block(self.tx, group, groups=(scope.affinity.home(group),))
+        return self._allocate_near(placement.near(scope.geometry, near))
+
+    def _allocate_near(self, group: int) -> int:
+        """A block in ``group``, else in one of this node's."""
+        scope = self.scope
+        homes = scope.affinity.homes(group)
+        return scope.groups.allocate_block(self.tx, group, groups=homes)
 
     def _reclaim(self, address: int, kind: ReclaimKind, count: int) -> None:
         self.reclaim_list().insert(address, _reclaim_value(kind, count))
