@@ -109,14 +109,14 @@ class Reclaimer:
         """
         if self.in_round:
             return False  # it is a round itself that finds no space
-        before = self._freed
+        before = self.freed
         self._hurried += 1
         self._patience.cancel()
         try:
             await self._empty(self._engine.scope.slot if slot is None else slot)
         finally:
             self._hurried -= 1
-        return self._freed > before
+        return self.freed > before
 
     @property
     def in_round(self) -> bool:
@@ -124,7 +124,8 @@ class Reclaimer:
         return self._turn.statistics().owner is trio.lowlevel.current_task()
 
     @property
-    def _freed(self) -> int:
+    def freed(self) -> int:
+        """Units and blocks, so far."""
         return self.units_freed + self.blocks_freed
 
     async def _empty(self, slot: int) -> None:
@@ -133,8 +134,8 @@ class Reclaimer:
         async with self._turn:
             self._starved, before = True, -1
             # What a round frees may have nodes of the list itself follow, for the next one.
-            while (self._starved or self._hurried) and self._freed > before:
-                self._starved, before = False, self._freed
+            while (self._starved or self._hurried) and self.freed > before:
+                self._starved, before = False, self.freed
                 await self._round(slot)
 
     async def _round(self, slot: int) -> None:

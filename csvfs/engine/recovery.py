@@ -7,7 +7,8 @@ the slot's orphan list says which inodes are in between:
                 and who has it elsewhere is waited for by the node that recovers the slot
     TRUNCATE    got its new size, but not all units behind it were taken out
 
-Then the slot's reclaim list is emptied as if nothing had happened.
+The slot's reclaim list is emptied as if nothing had happened: before, since somebody may wait for
+the space, and afterwards.
 
 What stands on the list is believed only of inodes that the maps say are there. A TRUNCATE entry
 may outlive its file, removed and freed by another node: its block then holds anything, the last
@@ -17,6 +18,7 @@ image of the inode or a guest's forgery of it included.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from csvfs.btree.tree import Tree, TreeRoot
@@ -77,6 +79,10 @@ class Recovery:
             return await self._recover(slot) if ours else Recovered(0, 0, 0)
 
     async def _recover(self, slot: int) -> Recovered:
+        if slot != self._engine.scope.slot:
+            with suppress(Damaged):  # said again at the end
+                await self._reclaimer.drain(slot)
+            self._peers.progress()
         retired = trimmed = left = adopted = 0
         for orphan in await self._orphans(slot):
             try:
