@@ -136,6 +136,11 @@ class Glance:
             await self._take(wanted, sorted(wanted.keys() - found.keys()), found)
         return found
 
+    async def _await(self, ino: int, generation: int) -> Attributes:
+        """`attributes` of what nobody has a use for: who was asked a moment ago lets it go."""
+        lock = await self._engine.acquire(self._engine.resources.inode(ino), Mode.PR, True)
+        return await self._read(lock, ino, generation)
+
     async def _ask(self, wanted: Mapping[int, int], found: dict[int, Attributes]) -> None:
         locks, resources = self._locks, self._engine.resources
         asked = {resources.inode(ino): ino for ino in sorted(wanted.keys() - found.keys())}
@@ -157,7 +162,7 @@ class Glance:
                 if failures:
                     return
                 try:
-                    found[ino] = await self.attributes(ino, wanted[ino])
+                    found[ino] = await self._await(ino, wanted[ino])
                 except FilesystemError as error:
                     failures.append(error)
 

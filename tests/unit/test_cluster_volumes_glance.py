@@ -12,6 +12,7 @@ from csvfs.namespace.inode import Attributes
 from lockmgr.messages import Blocking, Lower
 from tests.cluster_volumes import Node, cluster_volumes, in_virtual_time
 from tests.simulated_volume import ROOT, UNIT, create, mkdir
+from tests.unit.test_cluster_volumes_placement import SIZE_BYTES
 
 IMAGES = 20
 
@@ -138,3 +139,24 @@ async def test_a_glance_at_what_another_node_is_removing() -> None:
             with pytest.raises(StaleInode):
                 await two.volume.getattr(found.ino)
             await two.volume.forget(found.ino, 1)
+
+
+@in_virtual_time
+async def test_a_listing_of_files_that_nobody_uses_takes_two_messages_a_file() -> None:
+    async with cluster_volumes(2, size_bytes=SIZE_BYTES) as cluster:
+        one, two = cluster.nodes
+        await trio.sleep(0.1)  # both know the view
+        directory = await mkdir(one.volume, b"d")
+        count = 4 * IMAGES
+        for number in range(count):
+            handle = await create(one.volume, b"%d" % number, parent=directory.ino)
+            await one.volume.release(handle)
+            await one.volume.forget(handle.ino, 1)
+        await one.volume.store.checkpoint()
+        await two.volume.readdir(directory.ino, 0, 1)  # takes the directory itself
+        cluster.sent.clear()
+        assert len(await two.volume.readdir(directory.ino, 2, 1000)) == count
+        assert sum(cluster.sent.values()) <= 2 * count + 2, cluster.sent
+        cluster.sent.clear()
+        assert len(await listing(two, directory.ino)) == count
+        assert not cluster.sent
