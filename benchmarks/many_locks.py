@@ -29,6 +29,8 @@ from typing import Any
 from benchmarks.lab_hosts import Fault, Hosts, Joined, open_lab
 
 LOCKS = 5_000
+FILES = LOCKS // 2
+"""Each has two locks: of its inode, and of its being open."""
 JOIN_BOUND_S = 1.0
 JOIN_PAUSE_BOUND_S = 0.2
 EVICTION_PAUSE_BOUND_S = 1.0
@@ -99,7 +101,7 @@ class Bench:
         """So many cached locks: of files that the host creates."""
         directory = self.hosts.place(name) / f"many-{name}-{time.time_ns()}"
         directory.mkdir()
-        for number in range(LOCKS):
+        for number in range(FILES):
             os.close(os.open(directory / f"file{number}", os.O_CREAT | os.O_EXCL))
 
     @contextmanager

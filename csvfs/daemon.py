@@ -31,7 +31,7 @@ from csvfs.host import logs, places
 from csvfs.host.admin import serve_admin
 from csvfs.host.attach import Attached, Starting, attach
 from csvfs.host.events import Reporter
-from csvfs.host.hardening import give_memory_back, harden, resident_bytes
+from csvfs.host.hardening import collect_seldom, give_memory_back, harden, resident_bytes
 from csvfs.host.notify import notify_manager
 from csvfs.host.problems import Kind, Problem, problem_of
 from csvfs.host.record import MountRecord, MountState
@@ -234,6 +234,7 @@ def main() -> int:
     settings = MountSettings.decode(sys.stdin.buffer.read())
     with logs.logging_to(logs.destination(settings.foreground), settings.password):
         harden()
+        collect_seldom()
         daemon = Daemon(settings, reporter, int(sys.argv[2]))
         try:
             trio.run(daemon.run)
