@@ -4,12 +4,14 @@ A guest's read is answered from the cache while the lease lasts, else after a re
 home; a write goes into the slot's journal and is acknowledged when it stands there. Before a lock
 is lowered the block's home is written, then the journal forgets the record. The value block carries
 the version of what was acknowledged last. Reads and writes of which no answer came are issued
-again on the next path, once it is proven that nothing of the old one is on its way.
+again on the next path, once it is proven that nothing of the old one is on its way. A guest may
+have a second, younger write to the same block on its way meanwhile, which waits for that retry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,6 +30,17 @@ if TYPE_CHECKING:
     from tests.sim.locking import Locking
 
 T = TypeVar("T")
+
+
+@dataclass(eq=False, slots=True)
+class _Younger:
+    """A write that may be begun while an older one to the same block is retried."""
+
+    claim: Claim
+    stamp: Stamp
+    begun: bool = False
+    ended: bool = False
+    waiter: list[Resume] = field(default_factory=list)
 
 
 class Application:
@@ -51,6 +64,8 @@ class Application:
         self.done = 0
         self._path_waiters: list[Resume] = []
         self._lease_waiters: list[Resume] = []
+        self._retried: dict[bytes, list[Resume]] = {}
+        """Blocks of which a write is issued again, and who waits for its end."""
         self._drains: dict[bytes, Resume] = {}
         self._glimpses: dict[int, tuple[bytes, Stamp]] = {}
         self._ticket = 0
@@ -79,8 +94,8 @@ class Application:
             resource = self.resources[int(len(self.resources) * rng.random() ** 2)]
             if dice < 0.03:
                 self._glimpse(resource)
-            elif dice < 0.08 and len(self.resources) > 1:
-                other = self.resources[rng.randrange(len(self.resources))]
+            elif dice < 0.11 and len(self.resources) > 1:
+                other = self.resources[int(len(self.resources) * rng.random() ** 2)]
                 await self._both(number, resource, other)
             elif dice < 0.5:
                 await self._with(number, resource, Mode.EX, self._write)
@@ -185,16 +200,41 @@ class Application:
 
     async def _write(self, resource: Resource, claim: Claim) -> None:
         name = resource.name
-        daemon = self.daemon
-        content = daemon.cluster.content
         before = self.cache.get(name)
         if before is None:
             before = await self._from_home(name)
         stamp = Stamp(before.version + 1, self.oracle.next_value())
-        self.oracle.writes(name, stamp)
+        younger = _Younger(claim, Stamp(stamp.version + 1, self.oracle.next_value()))
+        if self.world.chance(0.3):
+            delay_s = 5.0 * self.world.rng.random()
+            self.world.after(delay_s, self.daemon.process.deliver, self._begin_younger, younger)
+        await self._write_one(claim, stamp)
+        if younger.begun and not younger.ended:
+            await Wish[None](younger.waiter.append)
+        younger.ended = True
+
+    def _begin_younger(self, younger: _Younger) -> None:
+        name = younger.claim.resource.name
+        if name in self._retried and not younger.ended and self.daemon.serves:
+            younger.begun = True
+            write = self._write_one(younger.claim, younger.stamp)
+            self.daemon.process.start(write, lambda _: self._end_younger(younger))
+
+    @staticmethod
+    def _end_younger(younger: _Younger) -> None:
+        younger.ended = True
+        for resume in younger.waiter:
+            resume(None)
+
+    async def _write_one(self, claim: Claim, stamp: Stamp) -> None:
+        name = claim.resource.name
+        daemon = self.daemon
+        content = daemon.cluster.content
         assert daemon.node is not None
         slot = daemon.node.slot
-        await self._data_write(f"journal {name!r} {stamp}", lambda: content.log(slot, name, stamp))
+        self.oracle.writes(name, stamp)
+        log = partial(content.log, slot, name, stamp)
+        await self._data_write(f"journal {name!r} {stamp}", log, block=name)
         while daemon.lease_left_s <= 0:
             await self._lease()
         self.cache[name] = stamp
@@ -278,22 +318,42 @@ class Application:
         paths = self.daemon.paths
         return await self._insist(lambda data: paths.read_data(data, what))
 
-    async def _data_write(self, words: str, apply: Callable[[], None]) -> None:
+    async def _data_write(
+        self, words: str, apply: Callable[[], None], block: bytes | None = None
+    ) -> None:
         paths = self.daemon.paths
-        await self._insist(lambda data: paths.write_data(data, words, apply))
+        if block is not None:
+            await self._no_retry_of(block)
+        await self._insist(lambda data: paths.write_data(data, words, apply), block)
 
-    async def _insist(self, command: Callable[[Registration], Awaitable[T]]) -> T:
+    async def _no_retry_of(self, block: bytes) -> None:
+        """A younger write waits for the retry of an older one that it overlaps."""
+        while block in self._retried:
+            await Wish[None](self._retried[block].append)
+
+    async def _insist(
+        self, command: Callable[[Registration], Awaitable[T]], block: bytes | None = None
+    ) -> T:
         """Until it has an answer, on one path after the other."""
         paths = self.daemon.paths
+        retried = False
         while True:
             data = paths.data
             if data is None or not paths.ready:
                 await self._path()
                 continue
             try:
-                return await command(data)
+                answer = await command(data)
             except BlockError:
                 paths.path_lost(data)
+                if block is not None and not retried:
+                    retried = True
+                    self._retried.setdefault(block, [])
+                continue
+            if retried and block is not None:
+                for resume in self._retried.pop(block, []):
+                    resume(None)
+            return answer
 
     def paths_ready(self) -> None:
         """There is one, and nothing of those before it is on its way."""

@@ -85,6 +85,8 @@ class Daemon:
         """A heartbeat is on its way to its block."""
         self._leaving = False
         self.has_left = False
+        self._away_since: float | None = None
+        """Its event loop has not come round since, by its own clock."""
 
     # -- what the oracle asks ------------------------------------------------------------------
     @property
@@ -99,6 +101,11 @@ class Daemon:
     @property
     def lease_left_s(self) -> float:
         return self.lease_until - self.now
+
+    @property
+    def away_s(self) -> float:
+        """How long its event loop has not come round, of its own clock."""
+        return 0.0 if self._away_since is None else self.now - self._away_since
 
     @property
     def is_active(self) -> bool:
@@ -124,18 +131,21 @@ class Daemon:
 
     def freeze(self) -> None:
         """SIGSTOP."""
-        self.process.freeze()
+        self.hang()
         if self.pulse is not None:
             self.pulse.thread.freeze()
 
     def hang(self) -> None:
         """The event loop does not come round; threads go on. `thaw` ends it."""
+        if self._away_since is None:
+            self._away_since = self.now
         self.process.freeze()
 
     def thaw(self) -> None:
         """SIGCONT."""
         if self.pulse is not None:
             self.pulse.thread.thaw()
+        self._away_since = None
         self.process.thaw()
         if self.process.alive and self._tick_missed:
             self._tick_missed = False

@@ -1,9 +1,12 @@
 """What goes wrong in a seed: which faults, when, on whom, for how long.
 
 Each fault is a function that does something to the cluster and says when it is over; `Plan` picks
-them from the seed's dice, injects them, heals them, and counts which pairs have met. Half of the
-faults that end or stop a host do not strike at a time but at a *step*: an `Ambush` waits until some
-daemon does a certain thing (writes a view, sends `Reasserted`), and strikes just before or after.
+them from the seed's dice, injects them, heals them, and counts which pairs have met. One pair is
+not left to chance: the seed's number names it, so that as many seeds in a row as there are pairs
+reach them all. Half of the faults that end or stop a host do not strike at a time but at a *step*:
+an `Ambush` waits until some daemon does a certain thing (writes a view, sends `Reasserted`), and
+strikes just before or after. The seed's number also names the step of the first ambush, and what it
+takes to bring it about is done soon.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
 from lockmgr.cluster import events
@@ -21,8 +25,11 @@ if TYPE_CHECKING:
 
 FIRST_AT_S = 9.0
 LAST_AT_S = 38.0
+INSISTS_UNTIL_S = 41.0
 MEET_WITHIN_S = 8.0
 """Faults that begin so soon after each other have met, even if the first is over."""
+
+LEAST_FAULTS = 3
 
 Heal = Callable[[], None]
 
@@ -56,6 +63,17 @@ STEPS = (
     "LeaseGiven",
 )
 
+BRINGS_ABOUT = {
+    **dict.fromkeys(("OpenPaths", "FenceAsked", "Fenced", "PathsReady"), "san-reset"),
+    **dict.fromkeys(("AskLease", "LeaseGiven"), "san-cut"),
+    **dict.fromkeys(("Unregister", "Leave", "TakeOver"), "leave"),
+    **dict.fromkeys(("Granted", "Lower", "WriteHeartbeat"), ""),
+    "Reserve": "target-restart",
+}
+"""The fault that makes somebody take a step; whatever is not named: "restart"."""
+OF_THE_HOLDER = ("Take", "TakeOver", "Unregister")
+"""Steps that follow if that befalls the holder."""
+
 
 @dataclass
 class Ambush:
@@ -82,35 +100,53 @@ class Plan:
         self.rng = cluster.world.rng
         self.injected: list[tuple[str, float]] = []
         self.heals: list[Heal] = []
-        self.last_s = LAST_AT_S
+        self._ambushed = False
 
     # -- the plan --------------------------------------------------------------------------
     def begin(self) -> None:
         """Start the machines, and lay out the faults."""
         rng = self.rng
         machines = self.cluster.machines
-        late = rng.randrange(0, 4 if len(machines) > 3 else 2)
+        pair = PAIRS[self.world.seed % len(PAIRS)]
+        late = max(rng.randrange(0, 4 if len(machines) > 3 else 2), pair.count("join"))
         for number, machine in enumerate(machines):
             if number >= len(machines) - late:
                 machine.wanted = False  # joins by a fault
             else:
                 self.world.at(0.3 * number * rng.random(), self.cluster.boot, machine)
         times = sorted(
-            FIRST_AT_S + (LAST_AT_S - FIRST_AT_S) * rng.random() for _ in range(rng.randrange(3, 9))
+            FIRST_AT_S + (LAST_AT_S - FIRST_AT_S) * rng.random() for _ in range(rng.randrange(0, 6))
         )
         for position in range(1, len(times)):
             if rng.random() < 0.4:  # faults come in clusters
                 times[position] = times[position - 1] + 2.5 * rng.random()
         for time in times:
-            kind = rng.choices(list(FAULTS), weights=[weight for _, weight in FAULTS.values()])[0]
-            self.world.at(time, self._inject, kind)
+            self.world.at(time, self._insist, [""])
+        ending = rng.choice(("kill", "power-off", "freeze"))
+        self.world.at(FIRST_AT_S + 15.0 * rng.random(), self._insist, [ending])
+        first_s = FIRST_AT_S + (LAST_AT_S - MEET_WITHIN_S - FIRST_AT_S) * rng.random()
+        self.world.at(first_s, self._insist, list(pair if rng.random() < 0.5 else pair[::-1]))
 
-    def _inject(self, kind: str) -> None:
-        machine = self._victim()
+    def _insist(self, kinds: list[str]) -> None:
+        """One after the other, each as soon as there is somebody whom it can befall; "": any."""
+        if self.world.now > INSISTS_UNTIL_S:
+            return
+        weights = [weight for _, weight in FAULTS.values()]
+        if self._inject(kinds[0] or self.rng.choices(list(FAULTS), weights)[0]):
+            del kinds[0]
+            pause_s = 2.5 * self.rng.random()
+        else:
+            pause_s = 0.2
+        if kinds:
+            self.world.after(pause_s, self._insist, kinds)
+
+    def _inject(self, kind: str, machine: Machine | None = None) -> bool:
+        """False: there was nothing that it could do."""
+        machine = machine or self._victim()
         inject, _ = FAULTS[kind]
         heal = inject(self, machine)
         if heal is None:
-            return
+            return False
         now = self.world.now
         self.world.trace("fault", f"{kind} ({machine.name})")
         self.cluster.coverage.fault(kind)
@@ -119,20 +155,24 @@ class Plan:
                 self.cluster.coverage.pair(kind, other)
         self.injected.append((kind, now))
         self.heals.append(heal)
+        return True
 
     def _victim(self) -> Machine:
         """The coordinator more often than others."""
-        machines = self.cluster.machines
-        if self.rng.random() < 0.4:
-            key = self.cluster.lun.arbiter.read_reservation().key
-            for machine in machines:
-                daemon = machine.daemon
-                if daemon is not None and daemon.serves and _holds(daemon, key):
-                    return machine
-        return self.rng.choice(machines)
+        holder = self._holder() if self.rng.random() < 0.4 else None
+        return holder or self.rng.choice(self.cluster.machines)
+
+    def _holder(self) -> Machine | None:
+        key = self.cluster.lun.arbiter.read_reservation().key
+        for machine in self.cluster.machines:
+            daemon = machine.daemon
+            if daemon is not None and daemon.serves and _holds(daemon, key):
+                return machine
+        return None
 
     def heal_all(self) -> None:
         """From now on nothing goes wrong any more."""
+        assert len(self.injected) >= LEAST_FAULTS, "a seed without faults shows nothing"
         self.world.trace("fault", "everything heals")
         cluster = self.cluster
         cluster.ambush = None
@@ -172,10 +212,26 @@ class Plan:
         self, machine: Machine, what: Callable[[Machine], None], often: tuple[str, ...] = ()
     ) -> None:
         """Now, or at a step of somebody: at one of ``often``, or any other."""
-        if self.rng.random() < 0.5 or self.cluster.ambush is not None:
+        if self.cluster.ambush is not None:
+            what(machine)
+            return
+        if not self._ambushed:
+            self._ambushed = True
+            step = STEPS[self.world.seed % len(STEPS)]
+            self.wait_for(step, what)
+            self.world.after(0.2 + self.rng.random(), self._bring_about, step)
+            return
+        if self.rng.random() < 0.5:
             what(machine)
             return
         self.wait_for(self.rng.choice(often if often and self.rng.random() < 0.3 else STEPS), what)
+
+    def _bring_about(self, step: str) -> None:
+        ambush = self.cluster.ambush
+        kind = BRINGS_ABOUT.get(step, "restart")
+        if kind and ambush is not None and ambush.step == step:
+            self._inject(kind, self._holder() if step in OF_THE_HOLDER else None)
+            self.world.after(3.0, self._bring_about, step)
 
     def wait_for(self, step: str, what: Callable[[Machine], None]) -> None:
         """Strike whoever does this next, just before or just after it."""
@@ -509,3 +565,6 @@ FAULTS: dict[str, tuple[Callable[[Plan, Machine], Heal | None], float]] = {
     "net-lossy": (_net_lossy, 1.0),
     "net-reset": (_net_reset, 1.0),
 }
+
+PAIRS = tuple(combinations_with_replacement(FAULTS, 2))
+"""Seed by seed the next one of them."""

@@ -70,6 +70,13 @@ class Command(Generic[T]):
     process: Process
     """That reads the answer."""
     answered: bool = False
+    holder: int = 0
+    """The key that held when it was admitted, if it writes the view."""
+
+    @property
+    def is_view(self) -> bool:
+        """Does it write the view?"""
+        return self.words.startswith("view ")
 
 
 class Session:
@@ -259,7 +266,7 @@ class SimLun:
         self.restarts = 0
         self.slow_until = 0.0
         self.late_chance = 0.0
-        """How likely an admitted write lands late, so that a fence has something to drain."""
+        """How likely an admitted write, or big read, lands late: a fence has something to drain."""
         self.late_s = 1.0
         self.on_landing: Callable[[Command[Any]], None] = lambda _command: None
         """Called just before a command does something."""
@@ -325,16 +332,19 @@ class SimLun:
         except BlockError as refusal:
             session.answer(command, refusal)
             return
-        delay_s = self._service_s(command.op)
+        if command.is_view:
+            command.holder = self.arbiter.read_reservation().key
+        delay_s = self._service_s(command)
         self._on_its_way[command] = None
         if delay_s:
             self.world.after(delay_s, self._landed, command)
         else:
             self._landed(command)
 
-    def _service_s(self, op: Op) -> float:
+    def _service_s(self, command: Command[Any]) -> float:
         rng = self.world.rng
-        if op is Op.WRITE and self.late_chance and rng.random() < self.late_chance:
+        may_be_late = command.op is Op.WRITE or command.big
+        if may_be_late and self.late_chance and rng.random() < self.late_chance:
             return self.late_s * rng.random()
         if self.world.now < self.slow_until:
             return rng.random() * 0.4

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from lockmgr import rebuild
 from lockmgr.cluster import coordinator, newcomer, proof
 from lockmgr.cluster.beating import Beating
 from lockmgr.cluster.lease import LeasesGiven
@@ -20,9 +21,11 @@ from lockmgr.cluster.view import NodeId, View
 from lockmgr.core import LockCore
 from lockmgr.debts import Debts
 from lockmgr.events import Effect
-from lockmgr.messages import AnyMessage
+from lockmgr.messages import AnyMessage, Resource, ValueBlock
 from lockmgr.recovery import Recovery
 from redirector.block import reservations
+from tests.sim import pulse
+from tests.sim.application import Application
 
 Mutant = Callable[[], AbstractContextManager[Any]]
 
@@ -112,6 +115,68 @@ def fenced_before_the_fence() -> AbstractContextManager[Any]:
     return mock.patch.object(proof, "asked", answered)
 
 
+def retry_reordered() -> AbstractContextManager[Any]:
+    """A younger write does not wait for the retry of an older one of the same block."""
+
+    async def wait(*_: Any) -> None:
+        return
+
+    return mock.patch.object(Application, "_no_retry_of", wait)
+
+
+def lease_checked_too_early() -> AbstractContextManager[Any]:
+    """A reader asks whether there is a lease, and only then for the data."""
+
+    async def read(self: Application, resource: Resource, _claim: Any) -> None:
+        name = resource.name
+        floor = self.oracle.floor(name)
+        while self.daemon.lease_left_s <= 0:
+            await self._lease()
+        stamp = self.cache.get(name)
+        if stamp is None:
+            stamp = await self._from_home(name)
+        self.oracle.reads(self.daemon, name, stamp, floor, kept=True)
+
+    return mock.patch.object(Application, "_read", read)
+
+
+def beats_for_a_hung_loop() -> AbstractContextManager[Any]:
+    """The thread that sends heartbeats goes on though nobody stamps."""
+    return mock.patch.object(pulse, "ALIVE_S", float("inf"))
+
+
+def fence_forgotten() -> AbstractContextManager[Any]:
+    """An eviction is a matter of the view alone: nobody looks for the keys of who is gone."""
+
+    async def nothing(*_: Any, **__: Any) -> None:
+        return
+
+    return mock.patch.object(reservations, "fence", nothing)
+
+
+def barrier_skipped() -> AbstractContextManager[Any]:
+    """The coordinator lets all thaw as soon as it is in order itself."""
+
+    def passed(self: Recovery) -> None:
+        if self.coordinator == self.node and not self._passed and self.node in self._barrier:
+            self._barrier |= set(self.members)
+            pass_barrier(self)
+
+    pass_barrier = Recovery._pass_barrier
+    return mock.patch.object(Recovery, "_pass_barrier", passed)
+
+
+def value_of_the_dead_kept() -> AbstractContextManager[Any]:
+    """A value block counts as valid though whoever wrote it last is gone."""
+
+    def latest(about: rebuild.Said, _orphaned: bool) -> ValueBlock:
+        known = [state.value for state in about.nodes.values() if state.held is not None]
+        known += [state.value for state in about.masters]
+        return max(known, key=lambda value: value.sequence, default=ValueBlock())
+
+    return mock.patch.object(rebuild, "true_value", latest)
+
+
 def _all(patches: tuple[AbstractContextManager[Any], ...]) -> AbstractContextManager[Any]:
     stack = ExitStack()
     for patch in patches:
@@ -129,4 +194,10 @@ MUTANTS: dict[str, Mutant] = {
     "lease not awaited": lease_not_awaited,
     "ready without asking": ready_without_asking,
     "fenced before the fence": fenced_before_the_fence,
+    "retry reordered": retry_reordered,
+    "lease checked too early": lease_checked_too_early,
+    "beats for a hung loop": beats_for_a_hung_loop,
+    "fence forgotten": fence_forgotten,
+    "barrier skipped": barrier_skipped,
+    "value of the dead kept": value_of_the_dead_kept,
 }

@@ -4,7 +4,8 @@ It sees what no node sees: the LUN, every core, who is alive. `Violation` ends t
 part is asked about what changed, after each step; `Oracle.check_all` about everything, now and
 then.
 
-    1  one holder; only it changes the view; epochs never repeat        `view_lands`
+    1  one holder; only it changes the view (a write that was admitted while its session held may
+       land later); epochs never repeat (`view_lands`, `lands`)
     2  no command of an evicted incarnation or a fenced path changes the LUN after its fence, nor
        one of a node's earlier paths once its new ones are ready (`lands`); nothing is sent over
        paths that are not (`flows`); nothing is answered to a guest after what its node held may be
@@ -13,6 +14,14 @@ then.
        journal (`granted`)
     4  what was acknowledged is read back; nobody reads what was not written, or an older value
        than one already read (`reads`)
+    6  every request of a guest gets one answer: a second one is an error of `world.Process`, and a
+       claim that nobody answers is found when all is calm (`Cluster.unsettled`)
+
+5, what a crash in the middle of writes leaves, needs real blocks: tests/unit/test_crash_volume.py
+and tests/whole.
+
+Of section 4: a daemon whose event loop does not come round is silent after a second (`beats`), and
+without a lease nothing is answered (`answers`).
 
 Which hosts count for 3: those whose process lives (frozen ones too), until it has been declared
 that what they held may be granted. At that moment their lease must have run out on their own
@@ -30,6 +39,8 @@ from redirector.block.keys import PathKey
 from tests.sim.content import NOTHING_WRITTEN, Content, Stamp
 from tests.sim.lun import Command, SimLun
 from tests.sim.world import World
+
+SILENT_AFTER_S = 1.0
 
 _IN_ORDER = ("JOINING", "ACTIVE")
 """Who joins may have moved into a dead node's slot; it replays that one's journal as its own."""
@@ -53,6 +64,10 @@ class Holder(Protocol):
     @property
     def lease_left_s(self) -> float:
         """Of its own clock; negative: it has run out."""
+
+    @property
+    def away_s(self) -> float:
+        """How long its event loop has not come round."""
 
     @property
     def has_left(self) -> bool:
@@ -142,6 +157,8 @@ class Oracle:
         if command.op is not Op.WRITE:
             return
         key = command.session.key
+        if command.is_view and command.holder != key:
+            self.fail(f"{command.words} was admitted over {key:#x}, while {command.holder:#x} held")
         path = PathKey.parse(key)
         if path and path.generation < self.ready.get(NodeId(path.slot, path.incarnation), 0):
             self.fail(f"{command.words} over {key:#x}, while later paths are ready")
@@ -162,6 +179,8 @@ class Oracle:
         node = daemon.node
         if node in self.grantable:
             self.fail(f"{daemon.name} answers a guest after what it held may be granted")
+        if daemon.lease_left_s <= 0:
+            self.fail(f"{daemon.name} answers a guest without a lease")
 
     def may_be_granted(self, node: NodeId, daemon: Holder | None, by: str) -> None:
         """Some member has declared that whatever ``node`` held may be granted to others."""
@@ -182,6 +201,11 @@ class Oracle:
         """A daemon believes to have a lease."""
         if daemon.node in self.grantable and daemon.lease_left_s > 0 and not daemon.has_left:
             self.fail(f"{daemon.name} renews its lease after what it held may be granted")
+
+    def beats(self, daemon: Holder) -> None:
+        """A heartbeat is sent, or written, by whatever sends them for this daemon."""
+        if daemon.away_s >= SILENT_AFTER_S:
+            self.fail(f"{daemon.name} shows life, and has been away for {daemon.away_s:.3f} s")
 
     # -- 3 ---------------------------------------------------------------------------------
     def holds(self, daemon: Holder, name: bytes, mode: Mode | None) -> None:

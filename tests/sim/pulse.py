@@ -60,9 +60,8 @@ class ThreadPulse:
         if shown != replace(effect.heartbeat, sequence=0) or hurries:
             self._schedule(0.0)
         self.follow(effect.key)
-        if self._refused and effect.key and not self._writing:
-            self.sequence += 1
-            self._daemon.write_beat(replace(effect.heartbeat, sequence=self.sequence))
+        if self._refused:
+            self._write_from_loop()
 
     def follow(self, key: int) -> None:
         """The member names this session."""
@@ -90,6 +89,7 @@ class ThreadPulse:
         self._schedule(self._settings.heartbeat_s)
         self.sequence += 1
         heartbeat = replace(self._effect.heartbeat, sequence=self.sequence)
+        self._daemon.cluster.oracle.beats(self._daemon)
         self._daemon.send_beat(heartbeat)
         control = self._daemon.paths.control
         if control is not None and control.key == self._key and self._effect.key == self._key:
@@ -111,6 +111,7 @@ class ThreadPulse:
             if self._stopped or control.key != self._key:
                 return
             if isinstance(result, Exception):
+                self._refused = True  # and so the thread writes on it no more
                 daemon.process.deliver(self._failed, control, result)
                 return
             daemon.renewed_by_pulse(sent_at + self._settings.lease_s)
@@ -122,10 +123,20 @@ class ThreadPulse:
     def _failed(self, control: Registration, failure: Exception) -> None:
         """In the event loop."""
         daemon = self._daemon
+        if control.key != self._key or isinstance(failure, OutcomeUnknown):
+            self._refused = False  # the next session is another matter
+        if control.key != self._key:
+            return
         if isinstance(failure, OutcomeUnknown):
             daemon.paths.path_lost(control)
             daemon.step(events.HeartbeatFailed(control.key))
             return
         if isinstance(failure, UnitAttention):
             daemon.paths.session_of(control).told_elsewhere.append(failure)
-        self._refused = True
+        self._write_from_loop()
+
+    def _write_from_loop(self) -> None:
+        effect = self._effect
+        if effect is not None and effect.key and not self._writing and not self._stopped:
+            self.sequence += 1
+            self._daemon.write_beat(replace(effect.heartbeat, sequence=self.sequence))

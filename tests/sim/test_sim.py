@@ -51,7 +51,14 @@ def test_tracing_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["incarnation reused", "lease not awaited", "ready without asking"]
+    "name",
+    [
+        "incarnation reused",
+        "lease not awaited",
+        "ready without asking",
+        "retry reordered",
+        "beats for a hung loop",
+    ],
 )
 def test_a_mistake_made_on_purpose_is_found(name: str) -> None:
     with MUTANTS[name]():

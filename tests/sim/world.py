@@ -155,7 +155,7 @@ class Process:
 class _Resumption:
     """What a wish calls, once, in the process that had it."""
 
-    __slots__ = ("_coroutine", "_done", "_process")
+    __slots__ = ("_called", "_coroutine", "_done", "_process")
 
     def __init__(
         self,
@@ -166,6 +166,9 @@ class _Resumption:
         self._process = process
         self._coroutine = coroutine
         self._done = done
+        self._called = False
 
     def __call__(self, value: object) -> None:
+        assert not self._called, f"{self._coroutine} gets a second answer: {value}"
+        self._called = True
         self._process.deliver(self._process._resume, self._coroutine, self._done, value)
