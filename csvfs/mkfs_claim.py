@@ -42,12 +42,12 @@ from csvfs.format import (
     byte_offset,
 )
 from csvfs.membership.fixed_area import NoVolume, read_slot_blocks, read_superblock, read_view
+from csvfs.membership.path_keys import victims_of_sessions
 from csvfs.mkfs import FormatOptions, Progress, make_filesystem, plan_superblock, read_signatures
 from csvfs.signatures import Signature
 from redirector.block.device import (
     BlockDevice,
     BlockError,
-    InitiatorPort,
     Lun,
     LunIdentity,
     ReservationConflict,
@@ -245,14 +245,14 @@ class Formatter:
             await me.take(standing.holder_key)
         else:
             await me.reserve()
-        ports = [
-            InitiatorPort(session.initiator_name, session.isid)
+        sessions = victims_of_sessions(
+            session
             for block in blocks.values()
             for session in block.sessions
             if session.key in victims
-        ]
-        others = [key for key in victims if key != standing.holder_key]
-        await fence(self.lun, me, victims_of(others, ports))
+        )
+        others = victims_of((key for key in victims if key != standing.holder_key), ())
+        await fence(self.lun, me, (*others, *sessions))
 
     # -- writing -------------------------------------------------------------------------------
     async def _write(self, device: BlockDevice, result: ProbeResult) -> Superblock:

@@ -32,7 +32,7 @@ from typing import Final
 import trio
 
 from csvfs.format import ProbeFlag, Session, Superblock
-from csvfs.membership.path_keys import owner_of
+from csvfs.membership.path_keys import owner_of, victims_of_sessions
 from csvfs.membership.sessions import Sessions, log_out
 from csvfs.membership.volume_io import VolumeIO
 from lockmgr.cluster import effects, outcomes
@@ -41,7 +41,6 @@ from lockmgr.cluster.outcomes import Good, Outcome, Refused, Unknown, Why
 from lockmgr.cluster.view import NodeId
 from redirector.block.device import (
     BlockError,
-    InitiatorPort,
     Lun,
     OutcomeUnknown,
     ReservationConflict,
@@ -268,6 +267,9 @@ class LunArbiter:
             control = await sessions.open_path(wanted[0])
             survey = await self._survey(control)
             if survey.view.lists(*node):
+                # The data session is made through the same portal: the block tells it beforehand.
+                portal = control.device.portal
+                wanted = (replace(wanted[0], portal=portal), replace(wanted[1], portal=portal))
                 await self._volume.write_slot_block(control, node, wanted, survey.view)
                 data = await sessions.open_path(wanted[1])
                 view = await self._volume.read_view(data)
@@ -331,15 +333,15 @@ class LunArbiter:
         keys = [key for key in effect.keys if key in registered]
         keys += [key for key in registered if owner_of(key) in effect.nodes]
         owners = [owner for key in effect.keys if (owner := owner_of(key)) is not None]
-        ports: list[InitiatorPort] = []
+        sessions: list[Session] = []
         for block in await self._volume.slot_blocks_of(holder, (*effect.nodes, *owners)):
             node = NodeId(block.slot, block.identity.incarnation)
-            ports += self._ports_of(
+            sessions += [
                 each for each in block.sessions if node in effect.nodes or each.key in effect.keys
-            )
+            ]
         stragglers = await self._all_of(holder, effect.stragglers, registered)
         victims = [Victim(key=key) for key in dict.fromkeys(keys) if key not in own]
-        victims += [Victim(port=port) for port in dict.fromkeys(ports)]
+        victims += self._recorded(sessions)
         lun = self._sessions.control_lun
         await _as_long_as_it_lives(
             holder,
@@ -354,16 +356,13 @@ class LunArbiter:
         own = self._sessions.own_keys
         keys = {key for key in registered if owner_of(key) in nodes and key not in own}
         blocks = await self._volume.slot_blocks_of(holder, nodes)
-        ports = self._ports_of(each for block in blocks for each in block.sessions)
-        return [
-            *(Victim(key=key) for key in sorted(keys)),
-            *(Victim(port=port) for port in ports),
-        ]
+        recorded = self._recorded(each for block in blocks for each in block.sessions)
+        return [*(Victim(key=key) for key in sorted(keys)), *recorded]
 
-    def _ports_of(self, sessions: Iterable[Session]) -> list[InitiatorPort]:
+    def _recorded(self, sessions: Iterable[Session]) -> list[Victim]:
         """Never an own one: what that names was closed when this process logged in."""
-        ports = (InitiatorPort(each.initiator_name, each.isid) for each in sessions)
-        return [port for port in ports if port not in self._sessions.own_ports]
+        own = self._sessions.own_ports
+        return [each for each in victims_of_sessions(sessions) if each.port not in own]
 
 
 _SINGLE = (

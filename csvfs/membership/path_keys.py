@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from random import Random
 
+from csvfs.ondisk.slots import Session
 from lockmgr.cluster.view import NodeId
+from redirector.block.device import InitiatorPort
 from redirector.block.keys import PathKey, is_newcomer, newcomer_key
+from redirector.block.reservations import Victim
 
 
 class PathKeys:
@@ -28,3 +32,11 @@ def owner_of(key: int) -> NodeId | None:
     """The incarnation that a key belongs to; None for a newcomer's and for a stranger's."""
     path = PathKey.parse(key)
     return None if path is None else NodeId(path.slot, path.incarnation)
+
+
+def victims_of_sessions(sessions: Iterable[Session]) -> list[Victim]:
+    """What is to be reinstated of recorded sessions: each where it was made. No keys."""
+    return [
+        Victim(port=InitiatorPort(each.initiator_name, each.isid), portal=each.portal)
+        for each in sessions
+    ]

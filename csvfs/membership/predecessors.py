@@ -8,9 +8,10 @@ from csvfs.format import NoView, SlotBlock
 from csvfs.membership.decision import live_slots, path_keys
 from csvfs.membership.fixed_area import read_slot_blocks, read_view
 from csvfs.membership.newcomer import Newcomer
-from redirector.block.device import InitiatorPort, Lun
+from csvfs.membership.path_keys import victims_of_sessions
+from redirector.block.device import Lun
 from redirector.block.keys import PathKey
-from redirector.block.reservations import Registration, fence, victims_of
+from redirector.block.reservations import Registration, Victim, fence
 
 
 async def succeed(registration: Registration, victim_key: int) -> None:
@@ -41,19 +42,14 @@ async def fence_predecessors(lun: Lun, newcomer: Newcomer, *, without_view: bool
     await fence(
         lun,
         holder,
-        victims_of(
-            [key for key in keys if key != newcomer.key],
-            _ports({n: block for n, block in blocks.items() if n in listed}.values()),
-        ),
+        [
+            *(Victim(key=key) for key in keys if key != newcomer.key),
+            *_recorded({n: block for n, block in blocks.items() if n in listed}.values()),
+        ],
         # A dead or frozen reader of an incarnation that is not listed any more.
-        stragglers=lambda: victims_of((), _ports(blocks.values())),
+        stragglers=lambda: _recorded(blocks.values()),
     )
 
 
-def _ports(blocks: Iterable[SlotBlock]) -> list[InitiatorPort]:
-    """The initiator port of every session that the slot blocks record."""
-    return [
-        InitiatorPort(session.initiator_name, session.isid)
-        for block in blocks
-        for session in block.sessions
-    ]
+def _recorded(blocks: Iterable[SlotBlock]) -> list[Victim]:
+    return victims_of_sessions(session for block in blocks for session in block.sessions)

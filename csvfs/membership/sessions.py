@@ -188,7 +188,8 @@ class Sessions:
         """Log in and REGISTER; `adopt` or `give_up` follows."""
         is_control = session.kind is SessionKind.CONTROL
         port = InitiatorPort(session.initiator_name, session.isid)
-        device = await self._log_in(self.control_lun if is_control else self.lun, port)
+        lun = self.control_lun if is_control else self.lun
+        device = await self._log_in(lun.through(session.portal) if session.portal else lun, port)
         try:
             if is_control:
                 await self._look_for_restart(device)

@@ -331,6 +331,15 @@ class Lun(ABC):
         del most_s
         return self
 
+    def through(self, portal: str) -> Lun:
+        """The same LUN, only through this portal (`BlockDevice.portal`), wherever the URL leads.
+
+        A session is reinstated by a login to *its* target portal group; another group has sessions
+        of its own under the same initiator port (RFC 7143 6.3.5).
+        """
+        del portal
+        return self
+
     @abstractmethod
     async def login(self, port: InitiatorPort, *, timeout_s: float = 10.0) -> BlockDevice:
         """A new nexus. If ``port`` has a session already, this replaces it (session

@@ -7,6 +7,7 @@ like) are asked again when a unit attention came in between.
 from __future__ import annotations
 
 import secrets
+from copy import copy
 from dataclasses import dataclass, replace
 
 import trio
@@ -93,6 +94,7 @@ class IscsiLun(Lun):
         user = credentials.user if credentials else ""
         self.url = str(LunUrl("iscsi", host=host, port=port, target=target, lun=lun, user=user))
         self._initiator = ""
+        self._portal = ""
 
     def with_patience(self, most_s: float) -> IscsiLun:
         """See `Lun.with_patience`."""
@@ -100,6 +102,12 @@ class IscsiLun(Lun):
         return IscsiLun(
             self.host, self.port, self.target, self.lun, self.credentials, options=options
         )
+
+    def through(self, portal: str) -> IscsiLun:
+        """See `Lun.through`. What is known of the target's slowness is shared."""
+        lun = copy(self)
+        lun._portal = portal
+        return lun
 
     async def login(self, port: InitiatorPort, *, timeout_s: float = 10.0) -> IscsiDevice:
         """See `Lun.login`. Raises `ValueError` for an ISID that `isid_valid` denies."""
@@ -169,6 +177,8 @@ class IscsiLun(Lun):
         self._patience.lost(waited_s, trio.current_time())
 
     async def _addresses(self, deadline: float) -> list[str]:
+        if self._portal:
+            return [self._portal]
         found = None
         with trio.move_on_at(deadline):
             try:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import TypeVar
@@ -56,6 +56,7 @@ from redirector.block.device import (
     ReservationType,
     TargetBusy,
     UnitAttention,
+    Unreachable,
 )
 from redirector.block.keys import PathKey, key_words
 
@@ -67,6 +68,8 @@ RESET_TIMEOUT_S = 2.0
 """A reset without answer for so long is issued again (of two at a time one is never answered)."""
 _RESETS = 15
 _REINSTATEMENTS = 5
+_PORTAL_LIMIT_S = 2.0
+"""For a login through the portal of the one whose session is to be closed."""
 _ATTENTIONS = 32
 _BUSY_PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -327,6 +330,8 @@ class Victim:
     """0: not registered, or not known."""
     port: InitiatorPort | None = None
     """The initiator port of its session; None: not known."""
+    portal: str = ""
+    """Through which its session was made; empty: not known, or there is none."""
 
 
 def victims_of(keys: Iterable[int], ports: Iterable[InitiatorPort]) -> tuple[Victim, ...]:
@@ -364,21 +369,36 @@ async def _disarm(
     lun: Lun, holder: Registration, victims: Iterable[Victim], *, abort: bool = False
 ) -> None:
     victims = tuple(victims)
-    for port in dict.fromkeys(victim.port for victim in victims if victim.port is not None):
-        if port == holder.device.port:
+    for victim in dict.fromkeys(replace(victim, key=0) for victim in victims):
+        if victim.port is None:
+            continue
+        if victim.port == holder.device.port:
             raise ValueError("the holder does not reinstate its own session")
-        await reinstate(lun, port)
+        await reinstate(lun, victim.port, victim.portal)
     for key in dict.fromkeys(victim.key for victim in victims if victim.key):
         await holder.preempt(key, abort=abort)
 
 
-async def reinstate(lun: Lun, port: InitiatorPort) -> None:
-    """Close whatever session ``port`` has (RFC 7143 6.3.5). Raises `FenceFailed`."""
+async def reinstate(lun: Lun, port: InitiatorPort, portal: str = "") -> None:
+    """Close whatever session ``port`` has (RFC 7143 6.3.5). Raises `FenceFailed`.
+
+    ``portal``: through which it was made. Where that portal is not to be reached from here, any
+    other is used: it closes the session too, if it belongs to the same portal group; and if not,
+    it is the reset that tells whether anything is still on its way.
+    """
     pauses = _pauses()
     failure: LoginFailed | None = None
+    there = lun.through(portal) if portal else lun
     for _ in range(_REINSTATEMENTS):
         try:
-            device = await lun.login(port)
+            if there is not lun:
+                try:
+                    device = await there.login(port, timeout_s=_PORTAL_LIMIT_S)
+                except Unreachable:
+                    there = lun
+                    continue
+            else:
+                device = await lun.login(port)
         except LostAfterLogin:
             return  # its owner lives, and logs in again: whoever is first, the old one is closed
         except LoginFailed as error:

@@ -19,7 +19,7 @@ from lockmgr.cluster.blocks import Identity
 from lockmgr.cluster.outcomes import Good, Outcome
 from lockmgr.cluster.view import NodeId
 from redirector.block.arbiter import Op
-from redirector.block.device import InitiatorPort
+from redirector.block.device import InitiatorPort, Lun
 from redirector.block.keys import PathKey
 from redirector.block.reservations import Registration
 from redirector.block.simulated import Command, Faults, SimulatedLun
@@ -77,7 +77,8 @@ class Bench:
         return [command.op for command in self.commands]
 
     @asynccontextmanager
-    async def arbiter(self, name: str = "alpha") -> AsyncIterator[Node]:
+    async def arbiter(self, name: str = "alpha", lun: Lun | None = None) -> AsyncIterator[Node]:
+        """``lun``: by which way it goes to the bench's LUN."""
         certificate = f"certificate of {name}".encode()
         identity = Identity(
             name,
@@ -93,7 +94,7 @@ class Bench:
             told.append(("opened", (control.key, data.key)))
 
         arbiter = LunArbiter(
-            self.lun,
+            lun or self.lun,
             self.superblock,
             identity,
             f"iqn.2026-11.test:{name}",

@@ -21,6 +21,7 @@ from redirector.block.device import BlockError, InitiatorPort, OutcomeUnknown
 from redirector.block.keys import PathKey
 from redirector.block.simulated import Command, SimulatedDevice
 from redirector.block.simulated_faults import Faults
+from tests.portal_groups import PortalGroups
 from tests.unit.arbiter_bench import NODE, OFFICER, Bench, Node, open_bench
 
 VICTIM = NodeId(2, 3)
@@ -240,6 +241,30 @@ async def test_many_are_fenced_at_once() -> None:
         address = byte_offset(bench.superblock.geometry.slot_block(VICTIM.slot))
         assert [c.offset_bytes for c in bench.commands if c.length_bytes == 4096 and c.op is Op.READ
                 and c.port == holder.control.device.port].count(address) == 1  # fmt: skip
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+async def test_a_frozen_reader_is_closed_in_its_own_portal_group(reachable: bool) -> None:
+    """Another portal has another tag: a login there does not close the session, and the drain would
+    wait for the reader. Where the fencing host cannot go there, the reset has to do."""
+    async with open_bench() as bench:
+        groups = PortalGroups(bench.lun)
+        async with (
+            bench.arbiter(lun=groups.at("east:3260")) as holder,
+            bench.arbiter("victim", groups.at("west:3260")) as victim,
+        ):
+            await bench.admit(NODE, VICTIM)
+            await holder.open_paths()
+            await victim.open_paths(VICTIM)
+            reader = victim.data.device
+            block = await bench.slot_block(VICTIM.slot)
+            assert {each.portal for each in block.sessions} == {"west:3260"}
+            await holder.take_office()
+            if not reachable:
+                groups.unreachable.add(("east:3260", "west:3260"))
+            assert await holder.do(effects.Fence(2, (), (VICTIM,))) == Good(None)
+            assert reader.lost is reachable
+            assert bench.registered == sorted([holder.control.key, holder.data.key])
 
 
 async def test_a_fence_ends_with_the_session_that_wants_it() -> None:
