@@ -1,5 +1,7 @@
 """`make bench`: every figure with its goal, as a table and as benchmarks/results/latest.json.
 
+    python -m benchmarks [--seconds 5] [--rounds 3] [--only GROUP] ...
+
 The mount and the raw LUN are measured in one run on one target, because absolute figures drift.
 """
 
@@ -14,15 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import trio
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import lock_acquire, mounted, raw, remote_locks
+from benchmarks import big_check, mounted, of_hosts, raw
+from benchmarks.figures import Figure, at_least, at_most
 from tests.tgt import Tgt
 
 RESULTS = Path(__file__).with_name("results") / "latest.json"
@@ -30,19 +34,6 @@ CSVCTL = str(Path(sys.executable).with_name("csvctl"))
 LUN_BYTES = 6 << 30
 FILE_BYTES = 1 << 30
 EXTENTS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One measured figure. ``goal`` is what it must reach; ``ok`` says whether it does."""
-
-    name: str
-    value: float
-    unit: str
-    goal: str
-    ok: bool
-    command: str
-    raw: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,66 +105,63 @@ def data_path(url: str, directory: Path, seconds: int, rounds: int) -> list[Figu
     return figures
 
 
-def single(name: str, value: float, unit: str, limit: float, command: str) -> Figure:
-    """A figure that must not be above ``limit``."""
-    return Figure(name, value, unit, f"<= {limit:g}", value <= limit, command)
-
-
 def metadata(url: str, directory: Path) -> list[Figure]:
     """Creates, memory, remount, the fragmented image. The volume is mounted before and after."""
     figures = []
     rate = mounted.creates_a_second(directory / "creates", 5)
-    figures.append(Figure("creates", rate, "/s", ">= 500", rate >= 500, "open(O_CREAT) in a row"))
+    figures.append(at_least("creates", rate, "/s", 500, "open(O_CREAT) in a row"))
     mounted.make_fragmented(directory / "fragmented.raw", EXTENTS)
     csvctl("umount", str(directory))
     seconds = timed("mount", url, str(directory))
-    figures.append(single("mount after a clean leave", seconds, "s", 1, "csvctl mount LUN DIR"))
+    figures.append(at_most("mount after a clean leave", seconds, "s", 1, "csvctl mount LUN DIR"))
     time.sleep(1)  # the figure is an idle daemon's
     idle = mounted.resident_bytes(daemon_pid(directory)) / (1 << 20)
-    figures.append(single("idle daemon", idle, "MiB", 100, "VmRSS of /proc/PID/status"))
+    figures.append(at_most("idle daemon", idle, "MiB", 100, "VmRSS of /proc/PID/status"))
     opened = mounted.open_and_read(directory / "fragmented.raw") * 1000
     figures.append(
-        single("open an image of 10,000 extents", opened, "ms", 50, "open(2) and three reads, cold")
+        at_most(
+            "open an image of 10,000 extents", opened, "ms", 50, "open(2) and three reads, cold"
+        )
     )
     return figures
 
 
-def locks() -> list[Figure]:
-    """Of the lock manager alone, without a LUN."""
-    cached = trio.run(lock_acquire.measure, 2)["cached try"]
-    remote = remote_locks.measure(runs=2, count=2000)
-    command = "python -m benchmarks.remote_locks"
-    return [
-        single(
-            "lock that is cached",
-            cached,
-            "us",
-            lock_acquire.CACHED_BOUND_US,
-            "python -m benchmarks.lock_acquire",
-        ),
-        single(
-            "lock of another node's, median",
-            remote.median_ms,
-            "ms",
-            remote_locks.MEDIAN_BOUND_MS,
-            command,
-        ),
-        Figure(
-            "locks of another node's",
-            remote.rate,
-            "/s",
-            f">= {remote_locks.RATE_BOUND}",
-            remote.rate >= remote_locks.RATE_BOUND,
-            command,
-        ),
+def volume(seconds: int, rounds: int) -> list[Figure]:
+    """One host's mount, beside the raw LUN."""
+    with Tgt(lun_bytes=1 << 40) as big:
+        formatted_s = timed("format", big.url, "--label", "bench")
+    figures = [
+        at_most("format a 1 TiB sparse LUN", formatted_s, "s", 2, "csvctl format LUN --label bench")
     ]
+    with ExitStack() as stack:
+        target = stack.enter_context(Tgt(lun_bytes=LUN_BYTES))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="csvfs-bench-")))
+        directory = scratch / "mnt"
+        directory.mkdir()
+        csvctl("format", target.url, "--label", "bench")
+        csvctl("mount", target.url, str(directory))
+        stack.callback(subprocess.run, [CSVCTL, "umount", str(directory)], capture_output=True)
+        figures += metadata(target.url, directory)
+        mounted.fill(directory / "bench.raw", FILE_BYTES)
+        other = target.lun_url(target.add_lun(2 << 30))
+        figures += data_path(other, directory, seconds, rounds)
+    return figures
 
 
-def format_tebibyte() -> Figure:
-    """Format a 1 TiB sparse LUN."""
-    with Tgt(lun_bytes=1 << 40) as target:
-        seconds = timed("format", target.url, "--label", "bench")
-    return single("format a 1 TiB sparse LUN", seconds, "s", 2, "csvctl format LUN --label bench")
+def check(_seconds: int, _rounds: int) -> list[Figure]:
+    """A full-size volume, checked."""
+    return [at_most(*figure) for figure in big_check.check_tebibyte()]
+
+
+GROUPS: dict[str, Callable[[int, int], list[Figure]]] = {
+    "locks": of_hosts.locks,
+    "volume": volume,
+    "fail-over": of_hosts.fail_overs,
+    "many-locks": of_hosts.comings_and_goings,
+    "idle": of_hosts.idle,
+    "messages": of_hosts.messages,
+    "check": check,
+}
 
 
 def show(figures: list[Figure]) -> None:
@@ -187,14 +175,25 @@ def show(figures: list[Figure]) -> None:
     Console(width=110).print(table)
 
 
-def save(figures: list[Figure]) -> None:
-    """The same as JSON."""
+def save(measured: list[Figure]) -> None:
+    """The same as JSON. Figures of groups that were left out stay as they were, each with when it
+    was measured."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    kept: list[dict[str, Any]] = []
+    if RESULTS.exists():
+        names = {figure.name for figure in measured}
+        before = json.loads(RESULTS.read_text())
+        kept = [
+            {"when": before["when"], **each}
+            for each in before["figures"]
+            if each["name"] not in names
+        ]
     RESULTS.parent.mkdir(exist_ok=True)
     content = {
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "when": when,
         "kernel": platform.release(),
         "cores": os.cpu_count(),
-        "figures": [asdict(figure) for figure in figures],
+        "figures": [*({"when": when, **asdict(figure)} for figure in measured), *kept],
     }
     RESULTS.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -204,25 +203,17 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     options.add_argument("--seconds", type=int, default=5, help="length of each measurement")
     options.add_argument("--rounds", type=int, default=3, help="measurements a figure")
+    options.add_argument(
+        "--only", action="append", choices=list(GROUPS), help="this group; may be repeated"
+    )
     options.add_argument("--no-check", action="store_true", help="leave out check of 1 TiB")
     chosen = options.parse_args()
-    figures = [*locks(), format_tebibyte()]
-    with ExitStack() as stack:
-        target = stack.enter_context(Tgt(lun_bytes=LUN_BYTES))
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="csvfs-bench-")))
-        directory = scratch / "mnt"
-        directory.mkdir()
-        csvctl("format", target.url, "--label", "bench")
-        csvctl("mount", target.url, str(directory))
-        stack.callback(subprocess.run, [CSVCTL, "umount", str(directory)], capture_output=True)
-        figures += metadata(target.url, directory)
-        mounted.fill(directory / "bench.raw", FILE_BYTES)
-        other = target.lun_url(target.add_lun(2 << 30))
-        figures += data_path(other, directory, chosen.seconds, chosen.rounds)
-    if not chosen.no_check:
-        from benchmarks.big_check import check_tebibyte
-
-        figures += [single(*figure) for figure in check_tebibyte()]
+    wanted = chosen.only or [name for name in GROUPS if name != "check" or not chosen.no_check]
+    figures: list[Figure] = []
+    for name, measure in GROUPS.items():
+        if name in wanted:
+            Console(stderr=True).print(f"measuring: {name}")
+            figures += measure(chosen.seconds, chosen.rounds)
     show(figures)
     save(figures)
     return 0 if all(figure.ok for figure in figures) else 1

@@ -48,6 +48,21 @@ class Pauses:
     own_s: list[float] = field(default_factory=list)
     fresh_s: list[float] = field(default_factory=list)
 
+    @property
+    def own(self) -> float:
+        """Median."""
+        return statistics.median(self.own_s)
+
+    @property
+    def fresh(self) -> float:
+        """Median."""
+        return statistics.median(self.fresh_s)
+
+    @property
+    def longest_s(self) -> float:
+        """Of all."""
+        return max(*self.own_s, *self.fresh_s)
+
 
 @dataclass
 class Found:

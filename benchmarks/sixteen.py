@@ -21,8 +21,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.lab_hosts import Hosts, busy, cpu_seconds, open_lab
-from benchmarks.mounted import resident_bytes
+from benchmarks import idle_hosts
+from benchmarks.lab_hosts import Hosts, busy, open_lab
 from benchmarks.wire_beats import late_ms, quantile
 from csvctl.lab import state
 from csvctl.lab.host import enter
@@ -134,25 +134,13 @@ class Works:
         return found
 
 
-def idle_percent(hosts: Hosts, names: list[str], seconds: float) -> dict[str, float]:
-    """What each daemon uses of a processor while nobody wants anything."""
-    pids = {name: hosts.daemon_pid(name) for name in names}
-    before = {name: cpu_seconds(pid) for name, pid in pids.items()}
-    started = time.monotonic()
-    time.sleep(seconds)
-    passed = time.monotonic() - started
-    return {name: (cpu_seconds(pid) - before[name]) / passed * 100 for name, pid in pids.items()}
-
-
 def describe_idle(hosts: Hosts, report: Report) -> None:
     """Memory and processor time before the work begins."""
-    daemons = [resident_bytes(hosts.daemon_pid(name)) for name in hosts.names]
-    supervisors = [resident_bytes(hosts.supervisor_pid(name)) for name in hosts.names]
-    report.daemon_mib = max(daemons) / (1 << 20)
-    report.supervisor_mib = max(supervisors) / (1 << 20)
-    report.all_mib = (sum(daemons) + sum(supervisors)) / (1 << 20)
-    others = [name for name in hosts.names if name != hosts.coordinator()]
-    report.idle_cpu_percent = max(idle_percent(hosts, others, 10).values())
+    found = idle_hosts.look(hosts, 10)
+    report.daemon_mib = max(each.daemon_mib for each in found)
+    report.supervisor_mib = max(each.supervisor_mib for each in found)
+    report.all_mib = sum(each.mib for each in found)
+    report.idle_cpu_percent = max(each.percent for each in found if not each.coordinates)
 
 
 def look(hosts: Hosts, members: dict[str, Any], report: Report) -> None:
