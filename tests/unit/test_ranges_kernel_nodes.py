@@ -112,6 +112,7 @@ class Script:
     def run(self, steps: int) -> None:
         actions = [*[self._lock] * 30, self._open, self._close, *[self._interrupt] * 3, self._kill]
         for _ in range(steps):
+            self.cluster.sleep(0.01)  # so that one of a circle is the youngest
             self.random.choice(actions)()
             self._same()
 
