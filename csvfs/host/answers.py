@@ -37,6 +37,7 @@ from pyfuse3 import EntryAttributes, FUSEError, StatvfsData
 
 from csvfs import errors
 from csvfs.namespace.inode import Attributes
+from lockmgr.cluster.errors import ClusterStopped
 from redirector.block.device import BlockError, SpaceExhausted
 
 _log = logging.getLogger("csvfs.operations")
@@ -62,6 +63,7 @@ ERRNO: Final[dict[type[BaseException], int]] = {
     errors.DataLost: errno.EIO,
     errors.Damaged: errno.EIO,
     errors.VolumeFailed: errno.EIO,
+    ClusterStopped: errno.EIO,
     SpaceExhausted: errno.ENOSPC,
     BlockError: errno.EIO,
 }
@@ -101,8 +103,9 @@ class Answers:
         return FUSEError(number)
 
     def _repeats(self, error: BaseException) -> bool:
-        # A failed volume answers every request like this; the first one is enough for the log.
-        if not isinstance(error, errors.VolumeFailed):
+        # A failed volume answers every request like this, and so does a lease that is over for
+        # good; the first one is enough for the log.
+        if not isinstance(error, (errors.VolumeFailed, ClusterStopped)):
             return False
         told, self._failure_told = self._failure_told, True
         return told

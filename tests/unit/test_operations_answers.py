@@ -11,6 +11,8 @@ import pytest
 from csvfs import errors
 from csvfs.host.answers import Answers, entry_attributes, errno_of
 from csvfs.namespace.inode import Attributes
+from lockmgr.cluster.effects import Stop, StopReason
+from lockmgr.cluster.errors import ClusterStopped
 from redirector.block.device import MediumError, OutcomeUnknown, SpaceExhausted
 
 
@@ -57,6 +59,16 @@ def test_a_failed_volume_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
         assert answers.to("write(1)", errors.VolumeFailed("no journal")).errno == errno.EIO
     assert len(caplog.records) == 1
+
+
+def test_a_lease_that_is_over_for_good_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    answers = Answers()
+    for _ in range(3):
+        over = ClusterStopped(Stop(StopReason.EVICTED, "evicted"))
+        assert answers.to("lease", over).errno == errno.EIO
+    (record,) = caplog.records
+    assert "evicted" in record.message
+    assert not record.exc_info
 
 
 def test_ordinary_answers_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
