@@ -15,7 +15,9 @@ they make of it in tasks of their own.
 Who breaks the rules: a message that no channel says in its state costs the peer its connection;
 it may come back, and goes on where it was. What the lock manager takes for a violation ends the
 channel for good, since then one of the two nodes is wrong about locks: ``on_unresponsive`` is told,
-once, and whoever is behind that asks for an eviction. Neither ends the daemon.
+once, and whoever is behind that asks for an eviction. So it does if the peer is ahead and says more
+than a node has to say in a few epochs: all of it is kept until this node's view catches up. Neither
+ends the daemon.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any, Final, Protocol, get_args
 import trio
 
 from lockmgr.carried import Carried
-from lockmgr.channel import Channel, Control
+from lockmgr.channel import LIMIT_BYTES, Channel, Control, size_bytes
 from lockmgr.cluster.codec import WireError
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId
@@ -50,6 +52,8 @@ __all__ = ["LockLink"]
 log = logging.getLogger("lockmgr.network")
 
 NEVER: Final = float("inf")
+AHEAD_BYTES: Final = 4 * LIMIT_BYTES
+"""What is kept of a peer whose lock epoch is ahead of this node's."""
 _CONTROL: Final = frozenset(get_args(Control))
 _CARRIED: Final = frozenset(get_args(Carried))
 _NAMES_SENDER: Final = frozenset(
@@ -88,7 +92,7 @@ class Taker(Protocol):
 class _Line:
     """A channel, and whom it is with."""
 
-    __slots__ = ("channel", "listed", "number", "peer", "reported")
+    __slots__ = ("ahead_bytes", "channel", "listed", "number", "peer", "reported")
 
     def __init__(self, peer: NodeId) -> None:
         self.peer = peer
@@ -96,6 +100,8 @@ class _Line:
         self.channel = Channel()
         self.listed = False
         """By the view that this node goes by, or by one before it."""
+        self.ahead_bytes = 0
+        """Of messages whose epoch this node's view has not reached, about."""
         self.reported = False
 
 
@@ -150,6 +156,7 @@ class LockLink:
         if lock_epoch > self._epoch:
             self._epoch = lock_epoch
             for line in self._lines.values():
+                line.ahead_bytes = 0
                 self._say(line, line.channel.epoch_over(lock_epoch))
 
     def send(self, to: int, message: Carried) -> None:
@@ -211,6 +218,12 @@ class LockLink:
         except WireError as error:
             self._refuse(line, str(error))
             return
+        if message.epoch > self._epoch:
+            line.ahead_bytes += size_bytes(message)
+            if line.ahead_bytes > AHEAD_BYTES:
+                channel.give_up(f"it is ahead of this node by {line.ahead_bytes >> 20} MiB")
+                self._broken(line)
+                return
         if out:
             self._say(line, out)
         else:

@@ -255,6 +255,29 @@ async def test_who_takes_nothing_is_named(
     assert wire.accused == [(B, "it has not taken 8 messages, 0 MiB")]
 
 
+async def test_who_is_ahead_is_kept_up_with_only_so_far(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it says of a later epoch is kept until the view of that one is here."""
+    caplog.set_level(logging.CRITICAL, "lockmgr")
+    monkeypatch.setattr("lockmgr.cluster.lock_link.AHEAD_BYTES", 2000)
+    link, wire, manager = linked()
+    for epoch in (2, 3, 4):
+        for serial in range(7):
+            link.take(Arrived(B, 1, replace(request(serial=serial), epoch=epoch)))
+        link.view_changed([A, B], epoch)
+    assert len(manager.got) == 21 and not wire.accused
+    for serial in range(20):
+        link.take(Arrived(B, 1, request(serial=serial)))
+    assert len(manager.got) == 41 and not wire.accused, "what is late costs nothing"
+    for serial in range(20):
+        link.take(Arrived(B, 1, replace(request(serial=serial), epoch=99)))
+    assert wire.accused == [(B, "it is ahead of this node by 0 MiB")]
+    assert len(manager.got) == 48
+    link.view_changed([A], 5)
+    assert not link.statistics().get(B)
+
+
 # -- over a real network -------------------------------------------------------------------------
 async def test_a_violation_ends_neither_daemon_nor_network(
     caplog: pytest.LogCaptureFixture,
