@@ -48,7 +48,7 @@ class Lab:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=300,
             check=False,
         )
         assert done.returncode == code, f"lab {words}: {done.stdout}{done.stderr}"
