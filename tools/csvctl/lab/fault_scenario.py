@@ -5,8 +5,9 @@ Each host writes a file of its own that its neighbour reads (a `_Seat`). What ma
 
 struck    its programs wait, or are lost with their mount; the others may evict it.
 sound     its programs see no error. Except: of sets of hosts that do not hear each other the
-          largest stays, and of equal ones only one can. So where a cluster link is cut and one host
-          is left that is not struck, that one may be evicted, too.
+          largest stays, and of equal ones only one can. So where a cluster link is cut, and one
+          host is left that is not struck, that one may be evicted, too. (Who has no SAN leaves it
+          alone: it is evicted if others want what it holds.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _HOLD_S: Final = {
     Fault.KILL: 1.0,
     Fault.POWER_OFF: 10.0,
 }
-_SILENT: Final = (Fault.NET_CUT, Fault.FREEZE, Fault.KILL, Fault.POWER_OFF)
+_HARMLESS: Final = (Fault.SLOW_SAN, Fault.TARGET_RESTART)
+"""Nobody is evicted for these."""
 _ROUNDS: Final = 3
 _FAULTS_A_ROUND: Final = 2
 _MAX_GAP_S: Final = 3.0
@@ -84,7 +86,7 @@ def with_faults(*kinds: Fault, coordinator: bool = False) -> Callable[[Stage], N
         begun_ns = time.monotonic_ns()
         for kind, seat in struck:
             _strike(stage, kind, seat)
-        sound = _sound(seats, struck)
+        sound = sound_ones(seats, struck)
         if len(struck) == 1 and FAULTS[kinds[0]].ends_daemon and sound:
             # Nothing else is broken: the others need not wait for anybody.
             stage.wait_ended(struck[0][1].writer)
@@ -132,16 +134,16 @@ def _strike(stage: Stage, kind: Fault, seat: Seat) -> bool:
     return True
 
 
-def _sound(seats: list[Seat], struck: list[tuple[Fault, Seat]]) -> list[Seat]:
-    victims = {id(seat) for kind, seat in struck if kind is not Fault.TARGET_RESTART}
+def sound_ones(seats: list[Seat], struck: list[tuple[Fault, Seat]]) -> list[Seat]:
+    """Who has nothing that a host is evicted for."""
+    victims = {id(seat) for kind, seat in struck if kind not in _HARMLESS}
     return [seat for seat in seats if id(seat) not in victims]
 
 
-def _may_go(seats: list[Seat], struck: list[tuple[Fault, Seat]]) -> list[Seat]:
-    """Who may be evicted though it is not struck: who hears nobody, where others hear nobody."""
-    silent = {id(seat) for kind, seat in struck if kind in _SILENT}
-    hearing = [seat for seat in seats if id(seat) not in silent]
-    return hearing if len(hearing) == 1 and Fault.NET_CUT in dict(struck) else []
+def may_be_evicted(seats: list[Seat], struck: list[tuple[Fault, Seat]]) -> list[Seat]:
+    """Who may be evicted though it is not struck: in the end it and another may hear nobody."""
+    sound = sound_ones(seats, struck)
+    return sound if len(sound) == 1 and Fault.NET_CUT in dict(struck) else []
 
 
 def _recover_all(
@@ -152,8 +154,8 @@ def _recover_all(
     for host in dict.fromkeys(seat.host for _, seat in struck):
         if host not in stage.down:
             stage.mend(host)
-    sound = _sound(seats, struck)
-    may_go = _may_go(seats, struck)
+    sound = sound_ones(seats, struck)
+    may_go = may_be_evicted(seats, struck)
     for seat in seats:
         if (seat not in sound or seat in may_go) and seat.host not in stage.down:
             _go_on(stage, seat, begun_ns)

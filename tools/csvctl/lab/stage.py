@@ -267,6 +267,8 @@ class Stage:
             self.stop(program)
         for host in self.hosts():
             if host.daemon() is None:
+                if host.name not in self.down:
+                    self.mistakes.append(f"{host.name} has lost its mount, and nobody expected it")
                 self.mount_again(host.name)
         self.tell("comparing")
         for file in self.files:
