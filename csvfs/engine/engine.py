@@ -51,7 +51,16 @@ class Held:
     names alone (`csvfs.host.answers`).
     """
 
-    __slots__ = ("_engine", "_generation", "_ino", "_lock", "_mode", "_named", "_shared_here")
+    __slots__ = (
+        "_engine",
+        "_generation",
+        "_ino",
+        "_lock",
+        "_mode",
+        "_named",
+        "_orphan",
+        "_shared_here",
+    )
 
     def __init__(
         self,
@@ -61,6 +70,7 @@ class Held:
         shared_here: bool,
         generation: int | None,
         named: bool,
+        orphan: bool = False,
     ) -> None:
         self._engine = engine
         self._ino = ino
@@ -68,6 +78,7 @@ class Held:
         self._shared_here = shared_here
         self._generation = generation
         self._named = named
+        self._orphan = orphan
         self._lock: Lock | None = None
 
     async def __aenter__(self) -> InodeState:
@@ -76,7 +87,9 @@ class Held:
         resource = engine.resources.inode(self._ino)
         lock = await engine.acquire(resource, self._mode, self._shared_here)
         try:
-            state = await engine.load(self._ino, self._generation, named=self._named)
+            state = await engine.load(
+                self._ino, self._generation, named=self._named, orphan=self._orphan
+            )
         except BaseException:
             lock.release()
             raise
@@ -130,6 +143,10 @@ class Engine:
         """The inode's lock in EX, not shared: nobody else reads, writes or looks."""
         return Held(self, ino, Mode.EX, False, generation, named)
 
+    def orphan(self, ino: int, generation: int) -> Held:
+        """`alone`, for an inode without a name that an orphan list vouches for."""
+        return Held(self, ino, Mode.EX, False, generation, named=False, orphan=True)
+
     @asynccontextmanager
     async def last_user(self, state: InodeState) -> AsyncIterator[bool]:
         """True if nobody has the inode, which is locked alone, open or knows of it, on any node;
@@ -166,13 +183,22 @@ class Engine:
         self.table.note_dirty(state)
 
     async def load(
-        self, ino: int, generation: int | None = None, *, named: bool = True
+        self,
+        ino: int,
+        generation: int | None = None,
+        *,
+        named: bool = True,
+        orphan: bool = False,
     ) -> InodeState:
         """The state of an inode whose lock is held, with its fields. Raises as `Held` does.
 
         ``named``: the generation is from an entry of a directory whose lock is held, too, so the
         inode is there. Otherwise it is from earlier, and the block may be somebody else's by now,
         with what looks like this inode still in it.
+
+        An inode without a name is there as long as this node has it open or on its orphan list, or
+        ``orphan`` says that another list has it. Of any other the block may be somebody else's
+        at any moment, and he asks for no lock of an inode: it is gone.
         """
         table = self.table
         state = table.get(ino)
@@ -183,20 +209,23 @@ class Engine:
             if kept or ino == ROOT_INODE or (named and generation is not None):
                 inode = await self.look(lambda reader: table.read(reader, ino, generation))
             else:
-                inode = await self._look_up_unknown(ino, generation)
+                inode = await self._look_up_unknown(ino, generation, orphan=orphan)
             # Whoever shares the lock may have been quicker, and may have changed it since.
             state = table.get(ino)
             if state is None or state.inode is None:
                 state = table.adopt(inode)
         elif generation is not None and state.generation != generation:
             raise StaleInode(f"inode {ino} is of generation {state.generation}, not {generation}")
+        elif not (state.inode.nlink or state.handles or state.orphan or orphan):
+            raise StaleInode(f"inode {ino} has lost its last name")
         return state
 
-    async def _look_up_unknown(self, ino: int, generation: int | None) -> Inode:
+    async def _look_up_unknown(self, ino: int, generation: int | None, *, orphan: bool) -> Inode:
         """Nobody vouches for this number: believe what lies there only if the map says that it
         is metadata, since a guest may have written what looks like an inode.
 
-        Without a generation an inode that lost its last name is nobody's, and gone.
+        It may be metadata of another kind by now, that is not home yet: what lies there then is the
+        last image of a dead inode (`csvfs.engine.change.Change.free_inode`).
         """
         geometry, groups = self.scope.geometry, self.scope.groups
         if geometry.holds(ino):
@@ -208,7 +237,7 @@ class Engine:
                     inode = await self.store.run(
                         lambda reader: self.table.read(reader, ino, generation)
                     )
-                    if inode.nlink or generation is not None:
+                    if inode.nlink or orphan:
                         return inode
         # The block is nobody's, or about to be: who gets it next knows nothing of this lock.
         self.store.cache.forget_clean(ino)

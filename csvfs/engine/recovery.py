@@ -155,4 +155,6 @@ class Recovery:
             return unused
 
     def _locked(self, orphan: Orphan) -> Held:
-        return self._engine.alone(orphan.ino, orphan.generation, named=False)
+        if orphan.kind == OrphanKind.TRUNCATE:  # no longer, if the file lost its name
+            return self._engine.alone(orphan.ino, orphan.generation, named=False)
+        return self._engine.orphan(orphan.ino, orphan.generation)
