@@ -36,7 +36,7 @@ JOIN_PAUSE_BOUND_S = 0.2
 EVICTION_PAUSE_BOUND_S = 1.0
 FRESH_A_SECOND = 100
 """More than a probe can use up."""
-WINDOW_S = {"quiet": 5.0, "join": 12.0, "killed": 5.0, "hangs": 20.0}
+WINDOW_S = {"quiet": 5.0, "join": 16.0, "killed": 5.0, "hangs": 14.0}
 AFTER_S = 2.0
 MOUNT_LIMIT_S = 60.0
 
