@@ -41,6 +41,7 @@ from csvfs.operations import Operations
 
 _log = logging.getLogger("csvfs.daemon")
 
+_NOT_MOUNTED = "stopped by a signal before it was mounted"
 _TRIM_EVERY_S = 5.0
 _TRIM_BYTES = 8 << 20
 _SMALL_BYTES = 40 << 20
@@ -59,7 +60,7 @@ class Daemon:
         self._attached: Attached | None = None
         """That is being left."""
         self._signals = 0
-        """That asked to end, since it is mounted."""
+        """That asked to end."""
         self._leaving = trio.CancelScope()
         self._ended = trio.Event()
         """The volume was left, or could not be."""
@@ -86,11 +87,14 @@ class Daemon:
                 async with attach(
                     self._settings, self._reporter, self._starting, self._will_fd
                 ) as attached:
-                    record = self._record(attached)
-                    await self._serve(attached, record, nursery)
-                    notify_manager("STOPPING=1")
-                    record = record.leaving()
-                    record.write()
+                    if self._signals:
+                        self._trouble = Problem(Kind.INTERRUPTED, _NOT_MOUNTED)
+                    else:
+                        record = self._record(attached)
+                        await self._serve(attached, record, nursery)
+                        notify_manager("STOPPING=1")
+                        record = record.leaving()
+                        record.write()
                     self._attached = attached
         except Exception as error:
             self._trouble = self._trouble or problem_of(error)
@@ -183,14 +187,16 @@ class Daemon:
                 if number == signal.SIGHUP:
                     continue  # a terminal went away: nothing to a daemon
                 _log.info("%s", signal.Signals(number).name)
-                if self._serving is None:
-                    self._starting.cancel()
-                    continue
                 self._signals += 1
-                if self._attached is None:
+                if self._attached is not None:
+                    self._insist(self._attached)
+                elif self._serving is not None:
                     await self._serving.stop()
                 else:
-                    self._insist(self._attached)
+                    self._starting.cancel()
+                    if self._signals > 1:  # what replays and locks wait for may never come
+                        self._trouble = Problem(Kind.INTERRUPTED, _NOT_MOUNTED)
+                        self._leaving.cancel()
 
     def _insist(self, attached: Attached) -> None:
         """A signal while the volume is being left: the second one ends a wait for the LUN, the
