@@ -55,7 +55,7 @@ def _supervise(settings: bytes, events_fd: int, directory: str, url: str) -> int
     reporter = Reporter(events_fd)
     if status != 0:
         execute_will(will)
-        _bury(directory, _how(status))
+        _bury(directory, daemon.pid, _how(status))
         # Only if the daemon has not said it itself: csvctl takes the first.
         reporter.failed(Problem(Kind.ENDED, f"the daemon ended: {_how(status)}"))
     reporter.close()
@@ -94,10 +94,11 @@ def _how(status: int) -> str:
     return f"exit status {status}"
 
 
-def _bury(directory: str, how: str) -> None:
+def _bury(directory: str, pid: int, how: str) -> None:
     """Write down how the daemon ended, and detach its mount if it left one."""
     record = find_record(directory)
-    if record is not None:
+    # To tell the other hosts takes a while; the volume may be mounted again, by another daemon.
+    if record is not None and record.pid == pid:
         how = bury(record, how).reason
     if detach_dead_mount(directory):
         _log.error(

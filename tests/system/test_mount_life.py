@@ -174,6 +174,26 @@ def test_the_daemon_outlives_its_supervisor(mnt: Mount) -> None:
     mnt.umount()
 
 
+def test_a_late_supervisor_says_nothing_of_the_next_daemon(mnt: Mount) -> None:
+    mnt.host.expect("replayed")
+    (mnt.path / "file").write_text("kept")
+    os.sync()
+    supervisor = mnt.supervisor
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        os.kill(mnt.pid, signal.SIGKILL)
+        wait_until(lambda: mountpoint.is_dead(str(mnt.path)), "the mount to be dead")
+        mnt.remount()
+        pid = mnt.pid
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    wait_until(lambda: supervisor not in mnt.host.daemons(), "the first supervisor to end")
+    assert (mnt.status()["state"], mnt.pid) == ("mounted", pid)
+    (record,) = mnt.host.run.glob("*.json")
+    assert '"state": "mounted"' in record.read_text()
+    assert (mnt.path / "file").read_text() == "kept"
+
+
 def test_kill_in_the_middle_of_writing(volume: Tgt, host: Host) -> None:
     """What was acknowledged by O_DSYNC is there; list kept outside the volume."""
     host.expect("the mount was dead and is detached")
