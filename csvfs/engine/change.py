@@ -302,7 +302,7 @@ class Change:
 
             def follow() -> None:
                 state.orphan = True
-                if not state.known:
+                if not state.needed:
                     self.scope.orphans.add(inode.ino)
 
             self.tx.after_merge(follow)

@@ -153,7 +153,7 @@ class Engine:
         and so it stays until the end of the block. Nobody is asked about one with further names.
         """
         inode = state.fields()
-        if state.known or (inode.nlink > 1 and not inode.is_directory):
+        if state.needed or (inode.nlink > 1 and not inode.is_directory):
             yield False
             return
         resource = self.resources.opened(state.ino)

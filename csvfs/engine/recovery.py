@@ -18,7 +18,8 @@ image of the inode or a guest's forgery of it included.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Final, NamedTuple
 
 from csvfs.btree.tree import Tree, TreeRoot
@@ -30,6 +31,7 @@ from csvfs.engine.engine import Engine, Held
 from csvfs.errors import Damaged, StaleInode
 from csvfs.journal.transaction import BlockReader
 from csvfs.namespace.inode import Inode
+from csvfs.namespace.inode_table import InodeState
 from csvfs.ondisk.inode import ORPHAN_VALUE, OrphanKind
 from lockmgr.modes import Mode
 
@@ -143,6 +145,7 @@ class Recovery:
         engine = self._engine
         async with (
             self._locked(orphan) as state,
+            _adopted(state),
             engine.last_user(state) as unused,
         ):
             if unused:
@@ -158,3 +161,13 @@ class Recovery:
         if orphan.kind == OrphanKind.TRUNCATE:  # no longer, if the file lost its name
             return self._engine.alone(orphan.ino, orphan.generation, named=False)
         return self._engine.orphan(orphan.ino, orphan.generation)
+
+
+@asynccontextmanager
+async def _adopted(state: InodeState) -> AsyncIterator[None]:
+    """It stands on this slot's orphan list from now on, or on none."""
+    state.adopted = True
+    try:
+        yield
+    finally:
+        state.adopted = state.orphan

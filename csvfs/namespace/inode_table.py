@@ -85,6 +85,7 @@ class InodeState:
     """One inode, as long as anybody cares."""
 
     __slots__ = (
+        "adopted",
         "dirty_size",
         "dirty_times",
         "file",
@@ -111,6 +112,9 @@ class InodeState:
         self.handles = 0
         self.open_lock: Lock | None = None
         self.orphan = False
+        self.adopted = False
+        """An orphan that another node had left: nothing here dropped the name, so the kernel may
+        remember it for ever, and only handles count."""
         self.dirty_times = False
         self.dirty_size = False
         self.lost = False
@@ -125,6 +129,11 @@ class InodeState:
     def known(self) -> bool:
         """The kernel knows it: it must outlive its last name."""
         return self.lookups > 0 or self.handles > 0
+
+    @property
+    def needed(self) -> bool:
+        """An orphan is kept for somebody of this node."""
+        return self.handles > 0 or (self.lookups > 0 and not self.adopted)
 
     def fields(self) -> Inode:
         """The inode, whose lock the caller holds; not to be changed."""
@@ -220,7 +229,7 @@ class InodeTable:
         if state is not None:
             assert not state.handles, f"inode {ino} is buried alive"
             self._clean(state)
-            state.orphan = False
+            state.orphan = state.adopted = False
             state.inode = None
             if state.file is not None:
                 state.file.map.clear()

@@ -134,7 +134,7 @@ class OpenFiles:
         handle.closed = True
         state = handle.state
         self._uncount(state)
-        return state.orphan and not state.known
+        return state.orphan and not state.needed
 
     # -- what the kernel knows ---------------------------------------------------------------
     def remember(self, ino: int, count: int = 1) -> None:
@@ -151,7 +151,7 @@ class OpenFiles:
             _log.error("the kernel forgets inode %d more often than it was told of it", ino)
             return
         state.lookups -= count
-        if state.orphan and not state.known:
+        if state.orphan and not state.needed:
             await self._orphans.retire(ino)
         else:
             self._table.let_go(state)

@@ -11,7 +11,7 @@ Only the node on whose list it stands retires it. A node that leaves, or dies, l
 another one: that recovers the slot, and takes over what is still in use (`csvfs.engine.recovery`).
 
 invariants:
-  1. every inode on this slot's OPEN list is known to this node's kernel, or is waited for here
+  1. every inode on this slot's OPEN list is needed by this node, or is waited for here
   2. nobody waits for an open lock without a limit while holding any other lock
 
 Concurrency: `run`, and a task in it for each inode that only other nodes use.
@@ -26,7 +26,7 @@ import trio
 
 from csvfs.engine.change import Change
 from csvfs.engine.engine import Engine
-from csvfs.errors import FilesystemError, VolumeFailed
+from csvfs.errors import FilesystemError, StaleInode, VolumeFailed
 from csvfs.ondisk.inode import OrphanKind
 from lockmgr.modes import Mode
 
@@ -45,7 +45,7 @@ class Orphans:
         who have it open on other nodes have closed it."""
         engine = self._engine
         async with engine.alone(ino) as state, engine.last_user(state) as unused:
-            if not state.orphan or state.known:
+            if not state.orphan or state.needed:
                 return
             if unused:
                 await engine.change(lambda change: _retire(change, ino), privileged=True)
@@ -71,6 +71,9 @@ class Orphans:
         except VolumeFailed:
             return  # whoever uses the volume is told
         except FilesystemError as error:
+            state = engine.table.get(ino)
+            if isinstance(error, StaleInode) and (state is None or not state.orphan):
+                return  # who closed it here was quicker
             _log.error("orphan %d stays until the next mount: %s", ino, error)
 
 

@@ -7,12 +7,13 @@ import stat
 from collections.abc import Awaitable, Callable
 
 import pytest
+import trio
 
 from csvfs.errors import FilesystemError, NotFound, StaleInode
 from csvfs.namespace.inode import SetAttributes
 from csvfs.volume import Volume
 from tests.cluster_volumes import cluster_volumes, in_virtual_time
-from tests.simulated_volume import ROOT, mkdir
+from tests.simulated_volume import ROOT, UNIT, create, mkdir
 
 Call = Callable[[Volume, int], Awaitable[object]]
 
@@ -80,3 +81,33 @@ async def test_what_this_node_removed_is_not_found_by_its_number() -> None:
         assert (await one.volume.getattr(gone.ino)).nlink == 0
         with pytest.raises(NotFound):
             await one.volume.mkdir(gone.ino, b"x", 0o755, 0, 0)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@in_virtual_time
+async def test_a_kernel_that_never_forgets_keeps_no_file_whose_remover_died(opened: bool) -> None:
+    """Nobody told it that the name is gone, so it may keep it in its cache for ever."""
+    async with cluster_volumes(3) as cluster:
+        one, two, three = cluster.nodes
+        handle = await create(one.volume, b"f")
+        await one.volume.write(handle, 0, bytes(3 * UNIT))
+        users = []
+        for node in (two, three):
+            found = await node.volume.lookup(ROOT, b"f")
+            node.volume.remember(found.ino, 1)
+            if opened:
+                users.append((node, await node.volume.open(found.ino, os.O_RDONLY, 0)))
+        await one.volume.unlink(ROOT, b"f")
+        await one.volume.sync()
+        await cluster.kill(one)
+        for node, reader in users:
+            await trio.sleep(10)
+            assert sum(n.volume.reclaimer.units_freed for n in cluster.nodes) == 0
+            assert len(await node.volume.read(reader, 0, 9 * UNIT)) == 3 * UNIT
+            await node.volume.release(reader)
+        await trio.sleep(10)  # the commit that the reclaimer waits for
+        assert sum(n.volume.reclaimer.units_freed for n in cluster.nodes) == 3
+        for node in (two, three):
+            with pytest.raises(StaleInode):
+                await node.volume.getattr(handle.ino)
+            await node.volume.forget(handle.ino, 1)
