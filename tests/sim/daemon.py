@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lockmgr.cluster import effects, events
 from lockmgr.cluster.blocks import Heartbeat, Identity
 from lockmgr.cluster.member import Member
+from lockmgr.cluster.messages import LeaseGiven
 from lockmgr.cluster.outcomes import Good, Knocked, Opened, Outcome, Surveyed
 from lockmgr.cluster.view import NEWCOMER_SLOT, NodeId, View
 from redirector.block.keys import is_newcomer, newcomer_key
@@ -101,6 +102,11 @@ class Daemon:
     @property
     def lease_left_s(self) -> float:
         return self.lease_until - self.now
+
+    @property
+    def lease_began_at(self) -> float:
+        """When what it takes for the last renewal was sent, in seconds of the world."""
+        return self.machine.world_time(self.lease_until - self.cluster.settings.lease_s)
 
     @property
     def away_s(self) -> float:
@@ -337,6 +343,8 @@ class Daemon:
 
     def _send_to(self, effect: effects.SendTo) -> None:
         network = self.cluster.network
+        if isinstance(effect.message, LeaseGiven):
+            self.cluster.oracle.gives_lease(effect.peer)
         if effect.peer.slot == NEWCOMER_SLOT:
             for peer in self.cluster.daemons:
                 if peer.newcomer_key == effect.peer.incarnation and self.node is not None:

@@ -20,8 +20,9 @@ then.
 5, what a crash in the middle of writes leaves, needs real blocks: tests/unit/test_crash_volume.py
 and tests/whole.
 
-Of section 4: a daemon whose event loop does not come round is silent after a second (`beats`), and
-without a lease nothing is answered (`answers`).
+Of section 4: a daemon whose event loop does not come round is silent after a second (`beats`), a
+lease runs from no later than when its renewal was confirmed (`renews`), and without a lease nothing
+is answered (`answers`).
 
 Which hosts count for 3: those whose process lives (frozen ones too), until it has been declared
 that what they held may be granted. At that moment their lease must have run out on their own
@@ -38,9 +39,10 @@ from redirector.block.arbiter import Op
 from redirector.block.keys import PathKey
 from tests.sim.content import NOTHING_WRITTEN, Content, Stamp
 from tests.sim.lun import Command, SimLun
-from tests.sim.world import World
+from tests.sim.world import ROUNDING_S, World
 
 SILENT_AFTER_S = 1.0
+NOBODY = NodeId(0, 0)
 
 _IN_ORDER = ("JOINING", "ACTIVE")
 """Who joins may have moved into a dead node's slot; it replays that one's journal as its own."""
@@ -66,6 +68,10 @@ class Holder(Protocol):
         """Of its own clock; negative: it has run out."""
 
     @property
+    def lease_began_at(self) -> float:
+        """When what it takes for the last renewal was sent, in seconds of the world."""
+
+    @property
     def away_s(self) -> float:
         """How long its event loop has not come round."""
 
@@ -85,6 +91,8 @@ class Oracle:
         self.ready: dict[NodeId, int] = {}
         """By incarnation, the generation of the control session that was ready last."""
         self.grantable: dict[NodeId, float] = {}
+        self.renewable: dict[NodeId, float] = {}
+        """When a heartbeat of it landed, or a lease was given to it, last."""
         self.held: dict[bytes, dict[str, tuple[Holder, Mode]]] = {}
         self.floors: dict[bytes, Stamp] = {}
         """What was acknowledged or read last of each block: nobody reads less from now on."""
@@ -160,6 +168,8 @@ class Oracle:
         if command.is_view and command.holder != key:
             self.fail(f"{command.words} was admitted over {key:#x}, while {command.holder:#x} held")
         path = PathKey.parse(key)
+        if path and command.words == "a heartbeat":
+            self.renewable[NodeId(path.slot, path.incarnation)] = self.world.now
         if path and path.generation < self.ready.get(NodeId(path.slot, path.incarnation), 0):
             self.fail(f"{command.words} over {key:#x}, while later paths are ready")
         if key in self.fenced or self._owner(key) in self.grantable:
@@ -201,6 +211,13 @@ class Oracle:
         """A daemon believes to have a lease."""
         if daemon.node in self.grantable and daemon.lease_left_s > 0 and not daemon.has_left:
             self.fail(f"{daemon.name} renews its lease after what it held may be granted")
+        late_s = daemon.lease_began_at - self.renewable.get(daemon.node or NOBODY, 0.0)
+        if late_s > ROUNDING_S:
+            self.fail(f"{daemon.name} counts its lease from {late_s:.6f} s after it was renewed")
+
+    def gives_lease(self, node: NodeId) -> None:
+        """A coordinator answers it."""
+        self.renewable[node] = self.world.now
 
     def beats(self, daemon: Holder) -> None:
         """A heartbeat is sent, or written, by whatever sends them for this daemon."""
