@@ -24,6 +24,8 @@ A, B, C = SEATS
         ([(Fault.NET_CUT, A), (Fault.NET_CUT, B), (Fault.FREEZE, C)], [], []),
         ([(Fault.FREEZE, A), (Fault.POWER_OFF, B)], [C], []),
         ([(Fault.TARGET_RESTART, A), (Fault.SAN_RESET, B)], [A, C], []),
+        ([(Fault.SLOW_SAN, A)], [A, B, C], []),
+        ([(Fault.TARGET_RESTART, A), (Fault.SLOW_SAN, B)], [A, C], []),
     ],
 )
 def test_who_may_be_evicted(

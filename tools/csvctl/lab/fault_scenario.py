@@ -33,7 +33,7 @@ _HOLD_S: Final = {
     Fault.POWER_OFF: 10.0,
 }
 _HARMLESS: Final = (Fault.SLOW_SAN, Fault.TARGET_RESTART)
-"""Nobody is evicted for these."""
+"""Nobody is evicted for one of these."""
 _ROUNDS: Final = 3
 _FAULTS_A_ROUND: Final = 2
 _MAX_GAP_S: Final = 3.0
@@ -135,8 +135,14 @@ def _strike(stage: Stage, kind: Fault, seat: Seat) -> bool:
 
 
 def sound_ones(seats: list[Seat], struck: list[tuple[Fault, Seat]]) -> list[Seat]:
-    """Who has nothing that a host is evicted for."""
-    victims = {id(seat) for kind, seat in struck if kind not in _HARMLESS}
+    """Who has nothing that a host is evicted for.
+
+    A slow SAN is nothing of that kind, but everybody has to log in again to a target that has
+    restarted, and where that takes long the others may not wait.
+    """
+    restarted = Fault.TARGET_RESTART in dict(struck)
+    harmless = (Fault.TARGET_RESTART,) if restarted else _HARMLESS
+    victims = {id(seat) for kind, seat in struck if kind not in harmless}
     return [seat for seat in seats if id(seat) not in victims]
 
 
