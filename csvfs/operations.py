@@ -44,6 +44,7 @@ from pyfuse3 import (
     StatvfsData,
 )
 
+from csvfs.errors import StaleInode
 from csvfs.host.answers import Answers, Space, entry_attributes, statvfs_data
 from csvfs.namespace.inode import Attributes, SetAttributes
 from csvfs.ondisk.inode import MAX_NAME_BYTES
@@ -107,6 +108,8 @@ class Filesystem(Protocol[H]):
     def remember(self, ino: int, count: int) -> None: ...
     async def forget(self, ino: int, count: int) -> None: ...
     async def lookup(self, parent: int, name: bytes) -> Attributes: ...
+    def gone(self, ino: int) -> None: ...
+    def used(self, ino: int, *, more: bool) -> None: ...
     async def readlink(self, ino: int) -> bytes: ...
     async def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, uid: int, gid: int
@@ -167,6 +170,8 @@ def answered(handler: Handler[Self_, P, R]) -> Handler[Self_, P, R]:
             answer = await handler(self, *args, **kwargs)
             if not self._lease.valid():
                 await self._lease.wait_valid()
+            if isinstance(args[0], int):
+                self._volume.used(args[0], more=name == "getattr")
             return answer
         except FUSEError:
             if not self._lease.valid():
@@ -175,6 +180,8 @@ def answered(handler: Handler[Self_, P, R]) -> Handler[Self_, P, R]:
         except Exception as error:
             if not self._lease.valid():
                 await self._wait_lease()
+            if isinstance(error, StaleInode) and isinstance(args[0], int):
+                self._volume.gone(args[0])
             raise self._answers.to(f"{name}({args[0]})", error) from None
 
     return answering

@@ -49,6 +49,7 @@ from csvfs.namespace.names import Namespace
 from csvfs.namespace.open_files import OpenFiles
 from csvfs.namespace.orphans import Orphans
 from csvfs.namespace.rename import Renamer
+from csvfs.namespace.second_look import SecondLook
 from csvfs.ondisk.block import BLOCK_BYTES, BLOCKS_PER_UNIT
 from csvfs.ondisk.geometry import Geometry
 from csvfs.ondisk.superblock import Superblock
@@ -93,7 +94,10 @@ class Volume:
 
         glance = Glance(self.engine)
         namespace = Namespace(self.engine, glance)
-        self.lookup = namespace.lookup
+        self.second_look = SecondLook(namespace.looking_up)
+        self.lookup = self.second_look.lookup
+        self.gone = self.second_look.gone
+        self.used = self.second_look.used
         self.readdir = namespace.readdir
         self.mkdir = namespace.mkdir
         self.mknod = namespace.mknod
@@ -245,6 +249,7 @@ async def open_volume(
             nursery.start_soon(volume.reclaimer.run)
             nursery.start_soon(volume.space.run)
             nursery.start_soon(volume.orphans.run)
+            nursery.start_soon(volume.second_look.run)
             nursery.start_soon(claim_homes, scope.affinity, resources, locks)
             yield volume
             if volume.failure is None:

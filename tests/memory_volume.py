@@ -122,6 +122,12 @@ class MemoryVolume:
         assert node.lookups >= 0, f"inode {ino} was forgotten more often than looked up"
         self._reap(node)
 
+    def gone(self, ino: int) -> None:
+        """Nobody else is here."""
+
+    def used(self, ino: int, *, more: bool) -> None:
+        """Nobody else is here."""
+
     def _reap(self, node: Node) -> None:
         if node.nlink == 0 and not node.lookups and not node.opens:
             del self.nodes[node.ino]

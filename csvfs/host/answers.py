@@ -7,7 +7,8 @@ traceback and answered EIO, because an exception that leaves a handler ends the 
 ENOENT or ESTALE. Between the LOOKUP that gave the kernel an inode number and the request that uses
 it another host may have removed the inode, by a rename over the name, too. Who had a path in hand
 must not be told ENOENT, for the name may always have been there. ESTALE makes the kernel walk the
-path once more (Linux, retry_estale), and what is really gone is ENOENT then. So ENOENT is said of
+path once more (Linux, retry_estale), and what is really gone is ENOENT then; that second walk is
+not disturbed again (`csvfs.namespace.second_look`). So ENOENT is said of
 names, ESTALE of numbers:
 
     request                                     of what                             gone

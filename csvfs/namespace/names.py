@@ -12,8 +12,8 @@ directories, link count of directories) it is Linux that is followed.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -78,19 +78,27 @@ class Namespace:
         self._glance = glance
 
     # -- looking ---------------------------------------------------------------------------
-    async def lookup(self, parent: int, name: bytes) -> Attributes:
-        """The inode called ``name``; "." and ".." are understood.
+    @asynccontextmanager
+    async def looking_up(self, parent: int, name: bytes) -> AsyncIterator[Attributes]:
+        """The inode called ``name``; "." and ".." are understood. The directory is locked
+        meanwhile, except for "..".
 
         Raises `NotFound`, `NotADirectory`, `NameTooLong`.
         """
         if name == DOT_DOT:
-            return await self._above(parent)
+            yield await self._above(parent)
+            return
         async with self._engine.looking(parent) as directory:
             inode = require_directory(directory)
             if name == DOT:
-                return attributes_of(inode)
+                yield attributes_of(inode)
+                return
             entry = await self._find(directory, name)
-            return await self._glance.attributes(entry.ino, entry.generation)
+            yield await self._glance.attributes(entry.ino, entry.generation)
+
+    async def _attributes(self, parent: int, name: bytes) -> Attributes:
+        async with self.looking_up(parent, name) as found:
+            return found
 
     async def _above(self, ino: int) -> Attributes:
         """The directory that names the directory ``ino``.
@@ -158,10 +166,10 @@ class Namespace:
     async def _read_directory(self, ino: int, cookie: int, limit: int) -> list[DirectoryEntry]:
         found: list[DirectoryEntry] = []
         if cookie < DOT_COOKIE and limit > 0:
-            here = await self.lookup(ino, DOT)
+            here = await self._attributes(ino, DOT)
             found.append(DirectoryEntry(DOT, DOT_COOKIE, here))
         if cookie < DOT_DOT_COOKIE and len(found) < limit:
-            above = await self.lookup(ino, DOT_DOT)
+            above = await self._attributes(ino, DOT_DOT)
             found.append(DirectoryEntry(DOT_DOT, DOT_DOT_COOKIE, above))
         behind, left = max(cookie, DOT_DOT_COOKIE), limit - len(found)
         engine = self._engine
