@@ -125,7 +125,7 @@ class MemoryVolume:
     def gone(self, ino: int) -> None:
         """Nobody else is here."""
 
-    def used(self, ino: int, *, more: bool) -> None:
+    def used(self, ino: int) -> None:
         """Nobody else is here."""
 
     def _reap(self, node: Node) -> None:

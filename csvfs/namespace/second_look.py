@@ -3,12 +3,12 @@
 Between the LOOKUP that gives the kernel an inode number and the request that uses it another host
 may replace the inode. The request is answered ESTALE then, and the kernel walks the path once more,
 but only once (`csvfs.host.answers`). So that a name which others keep replacing is never missing
-for who has bad luck twice, the second LOOKUP keeps the directory's lock until the next request for
-what it found has been answered, and for `KEPT_S` at most.
+for who has bad luck twice, the second LOOKUP keeps the directory's lock until shortly after a
+request for what it found has been answered, and for `KEPT_S` at most.
 
     gone      number     a request was answered ESTALE: its directory is due for a second look
     lookup    directory  due: its lock is taken in PR for the LOOKUP, and kept with the number
-    used      number     a request for it was answered: the lock goes
+    used      number     a request for it was answered: the lock goes `MORE_S` later
 
 invariants:
   1. a lock that is kept here waits for nothing, and goes within `KEPT_S`
@@ -18,7 +18,7 @@ Concurrency: `run`, and a task in it for each lock that is kept.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Final
@@ -30,7 +30,7 @@ from csvfs.namespace.inode import Attributes
 KEPT_S: Final = 0.1
 """Longer than a request takes on a busy host, shorter than what anybody notices."""
 MORE_S: Final = 0.02
-"""What comes after a request that may be the first of two comes within this time."""
+"""Behind a request that was answered: what comes next comes within this time."""
 DUE_S: Final = 1.0
 """How long after ESTALE a LOOKUP in the same directory is taken for the second one."""
 REMEMBERED: Final = 4096
@@ -47,8 +47,8 @@ class SecondLook:
         """Where a number was found last."""
         self._due: dict[int, float] = {}
         """Directories, and until when."""
-        self._kept: dict[int, trio.CancelScope] = {}
-        """What was found by a second look: who ends the wait lets the directory go."""
+        self._kept: dict[int, deque[trio.CancelScope]] = {}
+        """What was found by second looks, and until when its directory is kept for each of them."""
         self._nursery: trio.Nursery | None = None
 
     async def lookup(self, parent: int, name: bytes) -> Attributes:
@@ -81,15 +81,12 @@ class SecondLook:
                 self._due.clear()
             self._due[parent] = trio.current_time() + DUE_S
 
-    def used(self, ino: int, *, more: bool) -> None:
-        """A request for it was answered; ``more``: another one may follow, as OPEN does GETATTR."""
-        scope = self._kept.get(ino)
-        if scope is None:
-            return
-        if more:
+    def used(self, ino: int) -> None:
+        """A request for it was answered. Another one may follow, as OPEN does GETATTR."""
+        kept = self._kept.get(ino)
+        if kept:
+            scope = kept.popleft()
             scope.deadline = min(scope.deadline, trio.current_time() + MORE_S)
-        else:
-            scope.cancel()
 
     async def run(self) -> None:
         """Keep locks, until cancelled."""
@@ -104,10 +101,12 @@ class SecondLook:
         self, parent: int, name: bytes, task_status: trio.TaskStatus[Attributes]
     ) -> None:
         async with self._looking_up(parent, name) as found:
-            self.used(found.ino, more=False)  # who was here before has looked it up again
+            kept = self._kept.setdefault(found.ino, deque())
             with trio.move_on_after(KEPT_S) as scope:
-                self._kept[found.ino] = scope
+                kept.append(scope)
                 task_status.started(found)
                 await trio.sleep_forever()
-        if self._kept.get(found.ino) is scope:
-            del self._kept[found.ino]
+        if scope in kept:
+            kept.remove(scope)
+        if not kept:
+            self._kept.pop(found.ino, None)
