@@ -8,9 +8,8 @@ to run on (pytest-trio asks for it by the test's own argument), or None for the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 
-import pytest
 import trio
 from trio.abc import Clock
 
@@ -222,6 +221,6 @@ async def _write(path: Registration, data: bytes, answers: list[object]) -> None
 
 
 async def _write_and_tell(node: MemberNode, answers: list[object]) -> None:
-    with pytest.raises((OutcomeUnknown, PathClosed)):
+    with suppress(OutcomeUnknown, PathClosed):  # or its answer was on its way
         await node.data.device.write(AT, SLOW)
     answers.append(list(node.told))

@@ -176,8 +176,10 @@ def test_the_daemon_outlives_its_supervisor(mnt: Mount) -> None:
 
 def test_a_late_supervisor_says_nothing_of_the_next_daemon(mnt: Mount) -> None:
     mnt.host.expect("replayed")
-    (mnt.path / "file").write_text("kept")
-    os.sync()
+    with (mnt.path / "file").open("w") as file:
+        file.write("kept")
+        file.flush()
+        os.fsync(file.fileno())
     supervisor = mnt.supervisor
     os.kill(supervisor, signal.SIGSTOP)
     try:
