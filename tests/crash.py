@@ -26,6 +26,7 @@ import trio
 import trio.testing
 from trio._core import _run as trio_scheduler
 
+from csvfs.namespace import inode
 from redirector.block.device import InitiatorPort
 from redirector.block.medium import Keep, keep_all, keep_by, keep_none
 from redirector.block.simulated import SimulatedDevice, SimulatedLun
@@ -116,14 +117,17 @@ class BrokenPromise(AssertionError):
 
 
 def deterministic_run(function: Callable[[], Awaitable[None]], seed: int) -> None:
-    """`trio.run` in virtual time with a scheduler that makes its choices from ``seed``."""
+    """`trio.run` in virtual time with a scheduler that makes its choices from ``seed``, and inodes
+    whose generation and hash seed come from there, too."""
     scheduler: Any = trio_scheduler
     allowed, state = scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler._r.getstate()
     scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
     scheduler._r.seed(seed)
+    random_bytes, inode.random_bytes = inode.random_bytes, Random(seed).randbytes
     try:
         trio.run(function, clock=trio.testing.MockClock(autojump_threshold=0))
     finally:
+        inode.random_bytes = random_bytes
         scheduler._ALLOW_DETERMINISTIC_SCHEDULING = allowed
         scheduler._r.setstate(state)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Final, Self
 
@@ -39,6 +40,8 @@ TIME_LIMIT_NS: Final = 1 << 63
 """Times are kept as i64 nanoseconds: from 1677 to 2262."""
 
 _STAT_BLOCK_BYTES: Final = 512
+random_bytes: Callable[[int], bytes] = os.urandom
+"""Where generations and hash seeds come from; a run that is to be repeated replaces it."""
 
 
 @dataclass(slots=True)
@@ -275,7 +278,7 @@ def new_inode(
             mode |= stat.S_ISGID
     return Inode(
         ino=ino,
-        generation=int.from_bytes(os.urandom(4), "little") or 1,
+        generation=int.from_bytes(random_bytes(4), "little") or 1,
         mode=mode,
         uid=uid,
         gid=gid,
@@ -294,7 +297,7 @@ def new_inode(
         entries=0,
         xattr_block=0,
         symlink_tail=0,
-        hash_seed=int.from_bytes(os.urandom(8), "little") if is_directory else 0,
+        hash_seed=int.from_bytes(random_bytes(8), "little") if is_directory else 0,
     )
 
 

@@ -146,7 +146,7 @@ class Life:
         self.leave = trio.Event()
         self.ended = trio.Event()
         self.left = False
-        self._calls: set[trio.CancelScope] = set()
+        self._calls: dict[trio.CancelScope, None] = {}
         self._called = trio.Event()
         self.world.lives.append(self)
 
@@ -292,7 +292,7 @@ class Life:
         """``await method(*args)`` as a program on this host. Raises `NodeDied` if its daemon or its
         volume ends meanwhile."""
         with trio.CancelScope() as scope:
-            self._calls.add(scope)
+            self._calls[scope] = None
             if self.dead:
                 scope.cancel()
             try:
@@ -303,7 +303,7 @@ class Life:
                     raise
                 self.died()
             finally:
-                self._calls.discard(scope)
+                self._calls.pop(scope, None)
                 self._called.set()
         if self.dead:
             raise NodeDied(str(self))
