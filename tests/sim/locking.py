@@ -50,6 +50,8 @@ class Channel:
     kept: deque[Numbered] = field(default_factory=deque)
     greeted: bool = False
     """The other end has said, on this connection, from where on to send."""
+    listed: bool = False
+    """By a view that this node has gone by."""
 
 
 def number_of(node: NodeId) -> int:
@@ -76,8 +78,12 @@ class Locking:
         """Follow it, if this node takes part in locking."""
         daemon = self.daemon
         view = effect.view
-        for node in list(self.channels):
-            if node not in view.listed:
+        newest = {node.slot: node for node in view.listed}
+        for node, channel in list(self.channels.items()):
+            # As `LockLink` does: who is ahead of this view is not forgotten.
+            if node in view.listed:
+                channel.listed = True
+            elif channel.listed or newest.get(node.slot, node) > node:
                 del self.channels[node]
         if daemon.node is None or daemon.node not in view.active:
             return

@@ -285,15 +285,18 @@ class Paths:
 
     async def _fence(self, effect: effects.Fence) -> None:
         registration = self._used()
-        own = {r.key for r in (self.newcomer, self.control, self.data) if r is not None}
+        present = [r for r in (self.newcomer, self.control, self.data) if r is not None]
+        own = {r.key for r in present}
+        own_ports = {r.device.port for r in present}  # logging in has closed what they had
         registered = (await registration.ask(registration.device.read_keys)).keys
         known = await self._read(registration, lambda: dict(self.content.ports))
         keys = dict.fromkeys(effect.keys)
         for key in (*registered, *known):
             if owner_of(key) in effect.nodes:
                 keys[key] = None
+        ports = {key: port for key, port in known.items() if port not in own_ports}
         victims = [
-            Victim(key if key in registered else 0, known.get(key))
+            Victim(key if key in registered else 0, ports.get(key))
             for key in keys
             if key not in own
         ]
