@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
 import pytest
 
+from lockmgr import deadlock
 from lockmgr.claim import Claim, ClaimState, NodeLock, Obstacle
 from lockmgr.deadlock_graph import Graph, Vertex, common, deadlocked, shortest_cycle, victims
 from lockmgr.events import Deliver, Deny, Effect, Event, Send, TimerDue
@@ -51,7 +52,16 @@ class Suspicious(ChangingCluster):
             return super().step(node, event)
         asked, self._between = self._between, None
         before = copy.deepcopy(self)
-        effects = super().step(node, event)
+        verdicts: list[set[tuple[int, int]]] = []
+
+        def noted(graph: Graph, answers: Iterable[Waits]) -> list[tuple[Vertex, str]]:
+            found = victims(graph, answers)
+            verdicts.append({(wait.node, wait.number) for wait, _ in found})
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(deadlock, "victims", noted)
+            effects = super().step(node, event)
         here = self.cores[node].search
         new_round = here._round != before.cores[node].search._round
         self._between = before if new_round else asked
@@ -65,7 +75,10 @@ class Suspicious(ChangingCluster):
             if isinstance(effect, Deny) and effect.deadlock is not None:
                 verdict[node, effect.claim.wait] = effect.deadlock
         for wait, words in verdict.items():
-            others = verdict.keys() - {wait}
+            # A node alone may judge again within a step: who was denied first is judged without
+            # those who were denied later.
+            number = next(n for n, found in enumerate(verdicts) if wait in found)
+            others = verdict.keys() & set().union(*verdicts[: number + 1]) - {wait}
             stuck = judged.waits_for_ever(wait, others) or judged.waits_for_ever(
                 wait, others, overtakes=False
             )
