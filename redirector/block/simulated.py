@@ -154,7 +154,7 @@ class SimulatedDevice(BlockDevice):
         self.frozen = False
         """The host stopped reading from its connection; the target does not know."""
         self._lost = trio.Event()
-        self._in_flight: set[Command] = set()
+        self._in_flight: dict[Command, None] = {}
         self._idle = trio.Event()
 
     @property
@@ -211,10 +211,10 @@ class SimulatedDevice(BlockDevice):
     async def parked(self, command: Command) -> object:
         command.ended = trio.Event()
         self.lun.parked.append(command)
-        self._in_flight.add(command)
+        self._in_flight[command] = None
         with trio.CancelScope(shield=True):
             await command.ended.wait()
-        self._in_flight.discard(command)
+        self._in_flight.pop(command, None)
         if not self._in_flight:
             self._idle.set()
         if command.error is not None:
