@@ -4,6 +4,7 @@ property tests try the same examples as everywhere (the gate) or new ones (`--ex
 from __future__ import annotations
 
 import random
+import signal
 import time
 import unittest
 from collections.abc import Generator
@@ -33,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--explore"):
         hypothesis.settings.load_profile("explore")
+    if not hasattr(config, "workerinput"):
+        # Who stops a run by SIGTERM (timeout(1), say) wants its mounts and targets to go as well.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _is_property(item: pytest.Item) -> bool:
