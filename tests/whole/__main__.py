@@ -11,8 +11,9 @@ from tests.whole.run import run
 
 def main() -> None:
     seed = int(sys.argv[1])
-    with MUTANTS[sys.argv[2]]() if len(sys.argv) > 2 else nullcontext():
-        report = run(seed)
+    mutant = MUTANTS[sys.argv[2]] if len(sys.argv) > 2 else None
+    with mutant.made() if mutant is not None else nullcontext():
+        report = run(seed, mutant.kinds if mutant is not None else ())
     words = ", ".join(f"{count} {kind}" for kind, count in sorted(report.counts.items()))
     sys.stdout.write(f"{report.trace}\nseed {seed}: {words}\n")
 

@@ -9,6 +9,7 @@ from typing import Final
 
 import trio
 
+from redirector.block.simulated_faults import Hold
 from tests.whole.hosts import Host, Life, World
 
 PAUSES_S: Final = (0.2, 1.0, 3.0, 7.0)
@@ -33,8 +34,9 @@ class Faults:
         self._healed = trio.Event()
         self._target_busy = False
 
-    async def run(self, faults: int) -> None:
-        """So many, some of them at a time; returns when all is healed."""
+    async def run(self, faults: int, kinds: tuple[str, ...] = ()) -> None:
+        """So many, some of them at a time, of these ``kinds`` or of all; returns when all is
+        healed."""
         actions: dict[str, Callable[[Host], Awaitable[None]]] = {
             "kill": self._kill,
             "power off": self._power_off,
@@ -42,6 +44,7 @@ class Faults:
             "cut cable": self._cut_cable,
             "cut network": self._cut_network,
             "cut pair": self._cut_pair,
+            "isolate": self._isolate,
             "lose sessions": self._lose_sessions,
             "restart target": self._restart_target,
             "target loses power": self._power_of_target,
@@ -50,7 +53,7 @@ class Faults:
         }
         for _ in range(faults):
             await trio.sleep(self.rng.choice(PAUSES_S) * self.rng.uniform(0.5, 1.5))
-            name = self.rng.choice(list(actions))
+            name = self.rng.choice(kinds or tuple(actions))
             host = self.rng.choice(self.world.hosts)
             self._running += 1
             self._nursery.start_soon(self._do, name, actions[name], host)
@@ -98,11 +101,22 @@ class Faults:
             self._start(host)
 
     async def _freeze(self, host: Host) -> None:
-        host.machine.freeze()
-        self.world.wires.silent.add(host.name)
-        await self._wait()
-        self.world.wires.silent.discard(host.name)
-        host.machine.thaw()
+        """Now and then while it has commands on their way: either their answers are in its sockets
+        all the time, or they land when they are drained, or after the thaw."""
+        life = host.life
+        hold = self._hold(life) if self.rng.random() < 0.7 else None
+        if hold is not None:
+            await trio.sleep(self.rng.uniform(0.1, LONGEST_HOLD_S))
+        if not host.machine.frozen and host.life is life:
+            host.machine.freeze()
+            self.world.wires.silent.add(host.name)
+            if hold is not None and self.rng.random() < 0.5:
+                hold.lift()
+            await self._wait()
+            self.world.wires.silent.discard(host.name)
+            host.machine.thaw()
+        if hold is not None:
+            hold.lift()
         await trio.sleep(1)
         await self._again_if_ended(host)
 
@@ -140,6 +154,14 @@ class Faults:
         await self._wait()
         self.world.wires.heal()
 
+    async def _isolate(self, host: Host) -> None:
+        """Both at once: one switch, or one card, carries both. Nobody can tell it anything."""
+        host.cable_cut = True
+        await self._cut_network(host)
+        host.cable_cut = False
+        await trio.sleep(1)
+        await self._again_if_ended(host)
+
     async def _lose_sessions(self, host: Host) -> None:
         lun = self.world.lun
         for nexus, device in list(lun.sessions.items()):
@@ -168,7 +190,10 @@ class Faults:
 
     async def _hold_writes(self, host: Host) -> None:
         """What the host has written stays on its way, maybe until it is fenced."""
-        lun, life = self.world.lun, host.life
-        hold = lun.hold(lambda command: lun.owners.get(command.nexus) is life)
+        hold = self._hold(host.life)
         await trio.sleep(self.rng.uniform(0.1, LONGEST_HOLD_S))
         hold.lift()
+
+    def _hold(self, life: Life | None) -> Hold:
+        lun = self.world.lun
+        return lun.hold(lambda command: lun.owners.get(command.nexus) is life)

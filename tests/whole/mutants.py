@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -66,10 +67,18 @@ class _Replayed:
         self.start = start
 
 
-MUTANTS: Final[dict[str, Callable[[], AbstractContextManager[None]]]] = {
-    "leases never end": _leases_never_end,
-    "nobody is fenced": _nobody_is_fenced,
-    "nothing is drained": _nothing_is_drained,
-    "flush does nothing": _flush_does_nothing,
-    "journals are not replayed": _journals_are_not_replayed,
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """``made`` while it lasts; ``kinds`` of faults after which it shows: of all, if none."""
+
+    made: Callable[[], AbstractContextManager[None]]
+    kinds: tuple[str, ...] = ()
+
+
+MUTANTS: Final = {
+    "leases never end": Mutant(_leases_never_end, ("freeze", "isolate")),
+    "nobody is fenced": Mutant(_nobody_is_fenced),
+    "nothing is drained": Mutant(_nothing_is_drained, ("freeze",)),
+    "flush does nothing": Mutant(_flush_does_nothing),
+    "journals are not replayed": Mutant(_journals_are_not_replayed),
 }

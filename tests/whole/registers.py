@@ -180,6 +180,23 @@ class RegisterProgram:
         """Each register once."""
         await self.life.call(self._read_all)
 
+    async def look(self, name: bytes, steps: int) -> None:
+        """Read again and again what the host may have in its cache: whoever is cut off from
+        everything goes on with it until its lease ends, and not longer."""
+        try:
+            await self.life.call(self._look, name, steps)
+        except NodeDied:
+            pass
+
+    async def _look(self, name: bytes, steps: int) -> None:
+        await self._open(name)
+        for _ in range(steps):
+            if self.life.stopping:
+                break
+            await self._read((name, ATTRIBUTE))
+            await trio.sleep(self.rng.choice((0.1, 0.3, 0.5)))
+        await self.volume.release(self.open[name])
+
     async def _steps(self, steps: int) -> None:
         await self._open_all()
         for _ in range(steps):
@@ -206,10 +223,13 @@ class RegisterProgram:
 
     async def _open_all(self) -> None:
         for name in NAMES:
-            found = await self.volume.lookup(ROOT, name)
-            self.volume.remember(found.ino, 1)
-            self.open[name] = await self.volume.open(found.ino, os.O_RDWR, 0)
-            await self.volume.forget(found.ino, 1)
+            await self._open(name)
+
+    async def _open(self, name: bytes) -> None:
+        found = await self.volume.lookup(ROOT, name)
+        self.volume.remember(found.ino, 1)
+        self.open[name] = await self.volume.open(found.ino, os.O_RDWR, 0)
+        await self.volume.forget(found.ino, 1)
 
     async def _write(self, register: Register) -> None:
         name, place = register

@@ -24,7 +24,7 @@ from tests.whole.cables import WatchedLun
 from tests.whole.faults import Faults
 from tests.whole.hosts import Host, Life, World
 from tests.whole.machines import current_machine, let_machines_freeze, realtime_ns, virtual_time
-from tests.whole.registers import RegisterProgram, Registers, make_registers
+from tests.whole.registers import NAMES, RegisterProgram, Registers, make_registers
 from tests.whole.wires import opener
 
 SERVES_WITHIN_S: Final = 90.0
@@ -76,9 +76,9 @@ class Report:
     """Of virtual time."""
 
 
-def run(seed: int) -> Report:
-    """Raises `Failed`."""
-    found = Run(seed)
+def run(seed: int, kinds: tuple[str, ...] = ()) -> Report:
+    """``kinds`` of faults: all, if none is named. Raises `Failed`."""
+    found = Run(seed, kinds)
     try:
         with virtual_time(), found.logged():
             deterministic_run(found.main, seed)
@@ -101,8 +101,9 @@ def _causes(error: BaseException) -> str:
 class Run:
     """See the module's docstring."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, kinds: tuple[str, ...] = ()) -> None:
         self.seed = seed
+        self.kinds = kinds
         self.rng = Random(seed)
         self.counts: Counter[str] = Counter()
         self.trace: list[str] = []
@@ -166,7 +167,7 @@ class Run:
         for host in world.hosts:
             self._programs(host)
         faults = Faults(world, Random(rng.random()), nursery, self._begun)
-        await faults.run(rng.randrange(3, 7))
+        await faults.run(rng.randrange(3, 7), self.kinds)
         self.counts += faults.counts
         await self._end()
 
@@ -216,6 +217,9 @@ class Run:
         program: Any = PatientProgram(life, number, rng, self.counts, self.promises)
         host.run(program.run, steps or STEPS)
         host.run(RegisterProgram(life, self.registers, rng).run, steps or PROGRAM_STEPS)
+        for name in NAMES:
+            reader = RegisterProgram(life, self.registers, Random(rng.random()))
+            host.run(reader.look, name, steps or PROGRAM_STEPS)
 
     async def _on(self, host: Host, work: Any) -> None:
         """Do it on a host, and wait for its end."""

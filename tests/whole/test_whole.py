@@ -30,9 +30,11 @@ def test_a_seed_replays_exactly() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mistakes_are_found(name: str) -> None:
-    def run_all() -> None:
-        for seed in range(60):
-            run(seed)
+    mutant = MUTANTS[name]
 
-    with MUTANTS[name](), pytest.raises(Failed):
+    def run_all() -> None:
+        for seed in range(100):
+            run(seed, mutant.kinds)
+
+    with mutant.made(), pytest.raises(Failed):
         run_all()
