@@ -314,13 +314,17 @@ class LunArbiter:
 
     # -- certificates ----------------------------------------------------------------------------
     async def read_certificates(self, nodes: Iterable[NodeId]) -> None:
-        """Look for those of these nodes in their slot blocks: `certificates` has what is there. If
-        that fails, the session is closed, as it is by any I/O that fails."""
+        """Look for those of these nodes in their slot blocks, and in join blocks, if there is one
+        that has not opened its paths yet: `certificates` has what is there. If that fails, the
+        session is closed, as it is by any I/O that fails."""
         registration = self._sessions.control or self._sessions.newcomer
         if registration is None:
             return
         try:
-            await self._volume.slot_blocks_of(registration, nodes)
+            nodes = set(nodes)
+            found = await self._volume.slot_blocks_of(registration, nodes)
+            if len(found) < len(nodes):
+                await self._volume.read_blocks(registration)
         except BlockError as error:
             self.trouble = f"reading certificates: {error}"
             self._sessions.drop(registration, self.trouble)

@@ -204,11 +204,12 @@ class DirectoryArbiter:
         return Good(value)
 
     async def read_certificates(self, nodes: Iterable[NodeId]) -> None:
-        """From slot blocks."""
+        """From slot blocks, and from join blocks."""
         try:
             async with self._locked(exclusive=True):
                 for node in nodes:
                     self._read_slot(node.slot)
+                self._blocks()
         except (Unavailable, OSError, WireError):
             return
 

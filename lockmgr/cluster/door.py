@@ -23,7 +23,8 @@ LINES_AT_ONCE: Final = 20
 LINES_A_SECOND: Final = 1.0
 EARLY_S: Final = 5.0
 """A node that dials may be ahead of this one's view by as much; then a human should look."""
-NEW_ROW_S: Final = 30.0
+NEW_ROW_S: Final = 5.0
+"""Who dials in vain comes again sooner."""
 ADDRESSES: Final = 256
 TOO_MANY: Final = "too many connections have not said who they are"
 
@@ -122,10 +123,13 @@ class Door:
         greeter: Greeter,
         settings: NetworkSettings,
         serve: Callable[[Connection], Awaitable[None]],
+        unknown_came: Callable[[], None],
     ) -> None:
+        """``unknown_came`` is told of each that has a certificate, but none that is believed."""
         self._greeter = greeter
         self._settings = settings
         self._serve = serve
+        self._unknown_came = unknown_came
         self._strangers = Strangers(settings)
         self._lines = LineLimit()
         self._early = EarlyBirds()
@@ -149,6 +153,8 @@ class Door:
                     connection = await self._greeter.incoming(stream)
         except GreetingFailed as error:
             words = str(error)
+            if error.unknown:
+                self._unknown_came()
             early = error.unknown and self._early.is_early(source, trio.current_time())
             level = logging.INFO if error.left or early else logging.WARNING
         if connection is not None:

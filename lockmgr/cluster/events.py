@@ -103,6 +103,12 @@ class PathBack:
 
 
 @dataclass(frozen=True, slots=True)
+class StrangerCame:
+    """Somebody has dialed whose certificate this node does not know: perhaps a newcomer, whose
+    join block it has not looked at yet. It proves nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Replayed:
     """``ReplayWanted`` of that incarnation is done and stable."""
 
@@ -142,6 +148,7 @@ Event = (
     | DeathProven
     | PathLost
     | PathBack
+    | StrangerCame
     | Replayed
     | LocksThawed
     | LeaveWanted

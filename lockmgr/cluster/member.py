@@ -46,6 +46,7 @@ from lockmgr.cluster.events import (
     Received,
     Replayed,
     Start,
+    StrangerCame,
     Tick,
 )
 from lockmgr.cluster.hearsay import receive, tell_coordinator
@@ -77,6 +78,7 @@ class Member:
         self._outstanding: set[int] = set()
         self._seen_ops = 0
         self._tick_at: float | None = None
+        self._ticked_at = float("-inf")
         self._last_step: float | None = None
         self.stopped: Stop | None = None
 
@@ -201,6 +203,8 @@ class Member:
                 self._path_lost(keys)
             case PathBack():
                 st.path_back = True
+            case StrangerCame():
+                self._look_soon()
             case PeerConnected(peer):
                 if is_serving(st):
                     st.lagging.add(peer)
@@ -252,6 +256,7 @@ class Member:
         if st.now < self._tick_at:
             return
         hurries = st.now < st.hurry_until
+        self._ticked_at = st.now
         self._tick_at = st.now + (st.settings.hurry_s if hurries else st.settings.heartbeat_s)
         self._beating.tick()
         if is_late(st):
@@ -268,6 +273,14 @@ class Member:
         st = self.state
         if self._tick_at is not None and st.now < st.hurry_until:
             self._tick_at = min(self._tick_at, st.now + st.settings.hurry_s)
+
+    def _look_soon(self) -> None:
+        """Whoever waits to be admitted need not wait for the next tick. Strangers may come in
+        masses: no tick comes sooner than in a hurry."""
+        st = self.state
+        if self._tick_at is not None and is_serving(st):
+            soon = max(st.now, self._ticked_at + st.settings.hurry_s)
+            self._tick_at = min(self._tick_at, soon)
 
     def _suspect(self) -> None:
         st = self.state

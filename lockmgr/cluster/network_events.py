@@ -1,5 +1,6 @@
 """What the network tells, in this order for each peer: `Connected`, what arrives over that
-connection, `Lost`, and then the next connection. `BeatHeard` and `DeathProven` come at any time.
+connection, `Lost`, and then the next connection. `BeatHeard`, `DeathProven` and
+`StrangerCame` come at any time.
 
 Nothing of a connection arrives after its `Lost`. Whatever was sent over a connection and has not
 reached the peer's `Arrived` is followed by a `Lost` on the sender's side.
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lockmgr.cluster.events import BeatHeard, DeathProven
+from lockmgr.cluster.events import BeatHeard, DeathProven, StrangerCame
 from lockmgr.cluster.view import NodeId
 from lockmgr.cluster.wire import Agreed
 
@@ -43,4 +44,4 @@ class Arrived:
     message: Any
 
 
-NetworkEvent = Connected | Lost | Arrived | BeatHeard | DeathProven
+NetworkEvent = Connected | Lost | Arrived | BeatHeard | DeathProven | StrangerCame

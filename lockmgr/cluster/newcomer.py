@@ -1,7 +1,8 @@
 """Becoming a member.
 
     1  OpenNewcomer: a temporary key, and only then the view is read
-    2  choose a free slot, WriteJoin, again every heartbeat; watch
+    2  choose a free slot, WriteJoin, again every hurry_s; watch. The first time it knocks at the
+       coordinator's, which looks at once
     3  the view lists this node: OpenPaths, DropNewcomer          (a coordinator has admitted it)
     or, when there is nobody to admit it (`decide`):
     3  Take the holder's key, or Reserve; Lost: back off
@@ -154,7 +155,7 @@ def _attempt(st: NodeState, search: _Search, key: int, survey: Surveyed) -> Step
     if may_succeed(st, survey, quiet=quiet, watched_s=watched_s):
         yield from _succeed(st, key, survey)
     else:
-        yield from _request(st, search, key, survey.view, blocks)
+        yield from _request(st, search, key, survey, blocks)
         yield from st.rest(st.settings.hurry_s)
     return (yield from st.ask(Survey(st.op()), Surveyed))
 
@@ -231,7 +232,10 @@ def _refuse_duplicate(st: NodeState, search: _Search, view: View) -> None:
 
 
 # -- being admitted ----------------------------------------------------------------------------
-def _request(st: NodeState, search: _Search, key: int, view: View, blocks: Blocks) -> Steps[None]:
+def _request(
+    st: NodeState, search: _Search, key: int, survey: Surveyed, blocks: Blocks
+) -> Steps[None]:
+    view = survey.view
     taken = {
         join.slot: join for join in blocks.joins if join.fingerprint != st.identity.fingerprint
     }
@@ -261,6 +265,9 @@ def _request(st: NodeState, search: _Search, key: int, view: View, blocks: Block
         me.certificate,
     )
     yield from st.do(WriteJoin(st.op(), request))
+    holder = st.keys.owner(survey.holder_key)
+    if search.sequence == 1 and holder is not None and view.lists(*holder):
+        st.emit(Knock(st.op(), (holder,)))  # it looks at once: nothing depends on its answer
 
 
 def _is_full_for_good(st: NodeState, search: _Search, view: View, blocks: Blocks) -> bool:

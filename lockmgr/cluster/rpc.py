@@ -34,7 +34,7 @@ from lockmgr.cluster.certificates import Credentials
 from lockmgr.cluster.codec import Registry, WireError
 from lockmgr.cluster.connection import Connection
 from lockmgr.cluster.door import Door
-from lockmgr.cluster.events import BeatHeard, DeathProven
+from lockmgr.cluster.events import BeatHeard, DeathProven, StrangerCame
 from lockmgr.cluster.greeting import Greeter, GreetingFailed
 from lockmgr.cluster.link_messages import DEATH_NOTED, Chosen, connection_registry
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
@@ -127,7 +127,7 @@ class Network:
         self._numbers = count(1)
         self._believed = Believed(credentials)
         self._greeter = Greeter(registry, settings, lambda: self._hello, lambda: self._believed)
-        self._door = Door(self._greeter, settings, self._serve)
+        self._door = Door(self._greeter, settings, self._serve, self._unknown_came)
         self._closing = False
         self._all_closed = trio.Event()
 
@@ -378,6 +378,9 @@ class Network:
         except BaseException:
             self._closing = True
             raise
+
+    def _unknown_came(self) -> None:
+        self._deliver(StrangerCame())
 
     def _heard(self, heartbeat: Heartbeat) -> None:
         self._deliver(BeatHeard(heartbeat))

@@ -70,7 +70,8 @@ __all__ = ["Cluster", "open_cluster"]
 
 log = logging.getLogger("lockmgr.cluster")
 
-CERTIFICATES_AGAIN_S: Final = 0.5
+CERTIFICATES_AGAIN_S: Final = 0.05, 0.5
+"""At first, and then doubled up to this."""
 SETTLE_PASSES: Final = 16
 """How often, at most, the loop goes round to let in what a host that slept has in its sockets."""
 
@@ -525,11 +526,14 @@ class Cluster:
 
     async def _find_certificates(self) -> None:
         """Look for certificates as long as some are missing."""
+        first_s, most_s = CERTIFICATES_AGAIN_S
+        again_s = first_s
         while True:
             await self._misses.wait()
             missing = self._book.missing
             if not missing or self.stopped is not None:
                 self._misses = trio.Event()
+                again_s = first_s
                 continue
             await self._arbiter.read_certificates(missing)
             self._book.learn(self._arbiter.certificates)
@@ -539,7 +543,8 @@ class Cluster:
                 if node in self._book.missing and node not in self._complained:
                     self._complained.add(node)
                     log.info("node %s has no certificate yet: it cannot be talked to", node)
-            await trio.sleep(CERTIFICATES_AGAIN_S)
+            await trio.sleep(again_s)
+            again_s = min(2 * again_s, most_s)
 
     def _network_told(self, event: NetworkEvent) -> None:
         match event:
@@ -558,7 +563,7 @@ class Cluster:
             case events.BeatHeard(beat):
                 self._hearing.heard(beat, boottime())
                 self._give(event)
-            case events.DeathProven():
+            case events.DeathProven() | events.StrangerCame():
                 self._give(event)
 
     def _hand_over(self, event: Arrived) -> None:

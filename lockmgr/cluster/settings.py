@@ -51,7 +51,7 @@ class Settings:
     """How often a lost path is tried again."""
     leave_within_s: float = 15.0
     """Who cannot leave within this time stops all the same, and is evicted."""
-    hurry_s: float = 0.1
+    hurry_s: float = 0.05
     """How often instead of ``heartbeat_s`` while somebody joins,"""
     hurry_for_s: float = 1.0
     """for so long after it was first seen; and how often a newcomer asks and looks."""

@@ -283,6 +283,10 @@ class Daemon:
             and network.open(peer, self)
             and not peer.process.frozen
         )
+        for node in answered:
+            peer = self.cluster.daemon_of(node)
+            assert peer is not None
+            self.world.after(0.001, peer.process.deliver, peer.step, events.StrangerCame())
         outcome = Good(Knocked(answered))
         self.cluster.coverage.outcome(effect, outcome)
         delay_s = 0.001 if len(answered) == len(effect.nodes) else 1.0

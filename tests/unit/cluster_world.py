@@ -49,6 +49,7 @@ from lockmgr.cluster.events import (
     Received,
     Replayed,
     Start,
+    StrangerCame,
     Tick,
 )
 from lockmgr.cluster.messages import Message
@@ -335,7 +336,11 @@ class World:
                         self.lun.unregister(own)
                 return Good()
             case Knock(_, nodes):
-                return Good(Knocked(frozenset(self._who_answers(host, nodes))))
+                answered = frozenset(self._who_answers(host, nodes))
+                for other in self.hosts:
+                    if other.member.node in answered:
+                        self.at(self.now + NETWORK_S, partial(other.give, StrangerCame()))
+                return Good(Knocked(answered))
         if session is None or not session.alive:
             return Unknown()
         refusal = self.lun.admit(session)

@@ -12,7 +12,7 @@ import trio
 
 from lockmgr.cluster.blocks import Heartbeat
 from lockmgr.cluster.certificates import Credentials, make_credentials
-from lockmgr.cluster.events import BeatHeard, DeathProven
+from lockmgr.cluster.events import BeatHeard, DeathProven, StrangerCame
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.network_settings import NetworkSettings
 from lockmgr.cluster.peers import Address, Peer
@@ -81,7 +81,7 @@ class Node:
 
 def check_order(events: list[NetworkEvent], event: NetworkEvent) -> None:
     """Connected, what arrives, Lost, and again; of growing numbers."""
-    if isinstance(event, BeatHeard | DeathProven):
+    if isinstance(event, BeatHeard | DeathProven | StrangerCame):
         return
     before = [
         one for one in events[:-1] if isinstance(one, Connected | Lost) and one.peer == event.peer

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from lockmgr.cluster.blocks import JoinRequest
 from lockmgr.cluster.effects import (
     DepartedMayBeGranted,
+    Knock,
     ReadBlocks,
     ReplayWanted,
     Stop,
@@ -20,7 +22,7 @@ from lockmgr.cluster.effects import (
     WriteJoin,
     WriteView,
 )
-from lockmgr.cluster.events import LeaveWanted, Replayed
+from lockmgr.cluster.events import LeaveWanted, Replayed, StrangerCame
 from lockmgr.cluster.view import NodeId, SlotState
 from tests.unit.cluster_host import Host
 from tests.unit.cluster_lun import KEYS
@@ -160,10 +162,48 @@ def test_a_newcomer_is_active_within_a_second_of_its_request(phase_s: float) -> 
     asked_at = world.now
     world.run_until(lambda: late.member.node is not None, 1)
     asked = [at for at, effect in late.log if isinstance(effect, WriteJoin)]
-    assert all(b - a < 0.15 for a, b in itertools.pairwise(asked))
+    assert all(b - a < 0.1 for a, b in itertools.pairwise(asked))
     world.run_until(lambda: is_active(late), 1)
     assert world.now - asked_at < 1.0
     assert all(is_active(host) for host in hosts)
+
+
+@pytest.mark.parametrize("phase_s", [0.0, 0.1, 0.2, 0.3, 0.4])
+def test_a_newcomer_that_knocks_does_not_wait_for_the_coordinator_s_heartbeat(
+    phase_s: float,
+) -> None:
+    world = World()
+    world.cluster(3)
+    world.run(5 + phase_s)
+    late = world.host("host9")
+    world.run_until(lambda: late.when(WriteJoin) != [], 1)
+    assert world.run_until(lambda: late.member.node is not None, 1) < 0.25
+    assert len(late.when(Knock)) == 1
+
+
+def test_a_newcomer_whose_knock_nobody_hears_waits_for_a_heartbeat() -> None:
+    world = World()
+    world.cluster(3)
+    late = world.host("host9")
+    world.isolate(late)
+    world.run_until(lambda: late.member.node is not None, 2)
+
+
+def test_strangers_in_masses_let_a_coordinator_look_as_often_as_a_hurry_does() -> None:
+    world = World()
+    first, second, _ = world.cluster(3)
+    world.run(5)
+    looked = [len(host.when(ReadBlocks)) for host in (first, second)]
+    for n in range(2000):
+        world.at(world.now + n / 1000, partial(first.give, StrangerCame()))
+        world.at(world.now + n / 1000, partial(second.give, StrangerCame()))
+    world.run(2)
+    first_looks, second_looks = (
+        len(host.when(ReadBlocks)) - before
+        for host, before in zip((first, second), looked, strict=True)
+    )
+    assert 20 <= first_looks <= 2 / world.settings.hurry_s + 1
+    assert second_looks <= 2 / world.settings.heartbeat_s + 1, "it admits nobody"
 
 
 def test_join_waits_until_the_departed_are_replayed() -> None:

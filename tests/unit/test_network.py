@@ -13,7 +13,7 @@ import trio
 
 from lockmgr.cluster.beats import bind
 from lockmgr.cluster.blocks import Heartbeat
-from lockmgr.cluster.events import BeatHeard
+from lockmgr.cluster.events import BeatHeard, StrangerCame
 from lockmgr.cluster.messages import AskLease, LeaseGiven
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.network_settings import NetworkSettings
@@ -325,6 +325,10 @@ async def test_knock() -> None:
         )
         found = await one.network.knock([two.peer, gone, impostor])
         assert found == {two.name}, "it proves that it lives to whom it does not know"
+        await until(lambda: two.of(StrangerCame))
+        await two.network.knock([three.peer])
+        await until(lambda: three.of(StrangerCame))
+        assert not one.of(StrangerCame), "nobody has come there"
 
 
 # -- heartbeats --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from lockmgr.cluster.blocks import Heartbeat
 from lockmgr.cluster.certificates import Credentials
 from lockmgr.cluster.codec import Registry
 from lockmgr.cluster.datagram import HeartbeatFilter
-from lockmgr.cluster.events import BeatHeard, DeathProven
+from lockmgr.cluster.events import BeatHeard, DeathProven, StrangerCame
 from lockmgr.cluster.link_messages import connection_registry
 from lockmgr.cluster.network_events import Arrived, Connected, Lost, NetworkEvent
 from lockmgr.cluster.pair import PeerStatistics
@@ -240,14 +240,13 @@ class SimulatedNetwork:
         """See `Network.knock`."""
         wires, peers = self._wires, tuple(peers)
         await trio.sleep(0.002)
-        answered = {
-            peer.node
-            for peer in peers
-            for other in wires.networks.values()
-            if other.fingerprint == peer.fingerprint
-            and wires.hears(other)
-            and wires.reach(self, other)
-        }
+        answered = set()
+        for peer in peers:
+            for other in wires.networks.values():
+                is_there = other.fingerprint == peer.fingerprint and wires.hears(other)
+                if is_there and wires.reach(self, other):
+                    answered.add(peer.node)
+                    other.expect(trio.current_time(), StrangerCame(), None)
         if len(answered) < len(peers):
             await trio.sleep(within_s)
         return frozenset(answered)
