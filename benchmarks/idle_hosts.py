@@ -1,12 +1,13 @@
-"""What a host costs that nobody wants anything of: `python -m benchmarks.idle_hosts`.
+"""What a host costs that nobody wants anything of: `python -m benchmarks.idle_hosts [--hosts N]`.
 
-Three hosts of a lab, each with files that it has created. Memory is resident memory, the
+The hosts of a lab (three), each with files that it has created. Memory is resident memory, the
 supervisor's beside the daemon's; processor time that of all threads, in percent of one core. The
 coordinator, which answers everybody, is told apart.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def _use(lab: Hosts, name: str) -> None:
 
 def main() -> None:
     """Print a table; exit 1 where a bound is missed."""
-    found = measure(20)
+    options = argparse.ArgumentParser(prog="python -m benchmarks.idle_hosts", description=__doc__)
+    options.add_argument("--hosts", type=int, default=3)
+    found = measure(20, options.parse_args().hosts)
     for each in found:
         print(
             f"{each.name}{' (coordinator)' if each.coordinates else '':14} daemon "

@@ -6,6 +6,9 @@ copy: that copy then counts.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Final
+
 from csvfs.format import (
     BLOCK_BYTES,
     BLOCKS_PER_UNIT,
@@ -35,6 +38,8 @@ from csvfs.format import (
 )
 from redirector.block.device import BlockDevice, BlockIO, MediumError
 from redirector.block.reservations import Registration
+
+_NEVER_WRITTEN: Final = bytes(len(MAGIC))
 
 
 class NoVolume(Exception):
@@ -160,14 +165,22 @@ async def read_life(
             piece = await device.read(byte_offset(area + first), len(slots) * BLOCK_BYTES)
             for index, slot in enumerate(slots):
                 block = memoryview(piece)[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+                if block[: len(MAGIC)] == _NEVER_WRITTEN:
+                    continue
                 try:
                     if area == HEARTBEAT_AREA:
                         beats.append(decode_heartbeat(block, area + slot, volume_id, slot))
                     else:
-                        joins.append(decode_join(block, area + slot, volume_id, slot))
+                        joins.append(_decode_join(bytes(block), area + slot, volume_id, slot))
                 except BadBlock:
                     continue
     return tuple(beats), tuple(joins)
+
+
+@lru_cache(MAX_SLOTS)
+def _decode_join(block: bytes, address: int, volume_id: bytes, slot: int) -> JoinRequest:
+    """Every node reads them twice a second, and most are of nodes that joined long ago."""
+    return decode_join(block, address, volume_id, slot)
 
 
 async def read_heartbeats(device: BlockDevice) -> bytes:

@@ -158,7 +158,7 @@ def _what_is_wrong(
 ) -> str:
     """Words for the first thing that does not fit; what a reader can act on comes first."""
     magic, kind_, _, crc, _, volume_id_, address_, version, owner_, _ = HEADER.unpack_from(block)
-    if not any(memoryview(block)):
+    if bytes(block) == bytes(len(block)):
         return "it is all zeroes"
     if magic != MAGIC:
         return f"magic is {bytes(magic).hex()}, not {MAGIC.hex()}"

@@ -56,7 +56,7 @@ def test_tracing_changes_nothing() -> None:
         "incarnation reused",
         "lease not awaited",
         "ready without asking",
-        "retry reordered",
+        "drain skipped",
         "beats for a hung loop",
     ],
 )
