@@ -75,6 +75,9 @@ CERTIFICATES_AGAIN_S: Final = 0.05, 0.5
 SETTLE_PASSES: Final = 16
 """How often, at most, the loop goes round to let in what a host that slept has in its sockets."""
 
+SEND_PASSES: Final = 4
+"""How often the loop goes round until what was queued is in the sockets, if there is room."""
+
 _MESSAGES: Final = frozenset(get_args(Message))
 _IO: Final = frozenset(get_args(IoEffect))
 
@@ -351,7 +354,7 @@ class Cluster:
 
     async def _run(self) -> None:
         """Step the member until it stops."""
-        self._step(events.Start())
+        await self._step(events.Start())
         stepped_at = boottime()
         while self.stopped is None:
             due = self._member.next_timer()
@@ -362,12 +365,12 @@ class Cluster:
             if boottime() - stepped_at >= self._settings.judge_gap_s:
                 await self._let_in()
             for _ in range(len(self._inputs)):
-                self._step(self._inputs.popleft())
+                await self._step(self._inputs.popleft())
             stepped_at = boottime()
             due = self._member.next_timer()
             if due is not None and due <= stepped_at:
                 self._pulse.ticked(stepped_at - due)
-                self._step(events.Tick())
+                await self._step(events.Tick())
             if self._inputs:
                 self._news.set()
         self._inputs.clear()
@@ -381,9 +384,12 @@ class Cluster:
             if len(self._inputs) == before:
                 return
 
-    def _step(self, event: events.Event) -> None:
+    async def _step(self, event: events.Event) -> None:
         before = (self.me, self.view, self.stopped)
-        for effect in self._member.step(event, boottime()):
+        todo = self._member.step(event, boottime())
+        if any(isinstance(effect, effects.ViewInstalled) for effect in todo):
+            await self._announce_first(todo)
+        for effect in todo:
             self._carry_out(effect)
         self._pulse.follow(self._member.heartbeat_key)
         if self.me is not None:
@@ -392,6 +398,18 @@ class Cluster:
         if (self.me, self.view, self.stopped) != before:
             self._changed.set()
             self._changed = trio.Event()
+
+    async def _announce_first(self, todo: list[Effect]) -> None:
+        """What goes to others is sent before this node goes by its view: the lock manager has
+        much to do then, and so have theirs, all at the same time."""
+        messages = [effect for effect in todo if isinstance(effect, effects.SendTo)]
+        if not messages or self.stopped is not None:
+            return
+        for message in messages:
+            todo.remove(message)
+            self._carry_out(message)
+        for _ in range(SEND_PASSES):
+            await trio.lowlevel.checkpoint()
 
     def _end(self) -> None:
         """Nothing steps the member any more: whoever waits for something is told."""
