@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from enum import Enum
 
-from lockmgr.messages import HeldState, Resource, ValueBlock
+from lockmgr.messages import NEVER_WRITTEN, HeldState, Resource
 from lockmgr.modes import COMPATIBLE, COVERS, JOIN, Mode
 from lockmgr.snapshot import ClaimSnapshot, LockSnapshot
 
@@ -167,7 +167,7 @@ class NodeLock:
         self.resource = resource
         self.held: Mode | None = None
         self.granted_at = 0.0
-        self.value = ValueBlock()
+        self.value = NEVER_WRITTEN
         self.value_changed = False
         # -- towards the master
         self.asked: Mode | None = None

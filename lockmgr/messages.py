@@ -21,6 +21,7 @@ invariants:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from lockmgr.modes import Mode
 
@@ -64,6 +65,9 @@ class ValueBlock:
     def __post_init__(self) -> None:
         if self.data is not None and len(self.data) != VALUE_BYTES:
             raise ValueError(f"a value block has {VALUE_BYTES} bytes, not {len(self.data)}")
+
+
+NEVER_WRITTEN: Final = ValueBlock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +198,7 @@ class HeldState:
     resource: Resource
     held: Mode | None
     grant: int = 0
-    value: ValueBlock = ValueBlock()
+    value: ValueBlock = NEVER_WRITTEN
     asked: Mode | None = None
     serial: int = 0
     queue: bool = True

@@ -17,7 +17,15 @@ from collections.abc import Callable
 
 from lockmgr.claim import Claim, ClaimState, NodeLock, Obstacle, Phase
 from lockmgr.events import Demote, Deny, Drained, Effect, Grant, Send
-from lockmgr.messages import AskGlimpse, Cancel, Lower, Request, Resource, ValueBlock
+from lockmgr.messages import (
+    NEVER_WRITTEN,
+    AskGlimpse,
+    Cancel,
+    Lower,
+    Request,
+    Resource,
+    ValueBlock,
+)
 from lockmgr.modes import COMPATIBLE, COVERS, WRITES_VALUE, Mode, meet, yielded
 from lockmgr.settings import Counters, Settings
 from lockmgr.timers import Timers
@@ -166,7 +174,7 @@ class Progress:
         self._send(Lower(lock.resource, self.epoch, self.node, lock.grant, mode, value))
         lock.held = mode
         if mode is None:
-            lock.value = ValueBlock()
+            lock.value = NEVER_WRITTEN
         if mode is None or COMPATIBLE[mode][lock.wanted]:
             lock.wanted = Mode.NL
 

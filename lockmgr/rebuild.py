@@ -20,9 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from lockmgr.debts import Debts, possible
-from lockmgr.messages import HeldState, MasterState, Request, Resource, ValueBlock
+from lockmgr.messages import (
+    NEVER_WRITTEN,
+    HeldState,
+    MasterState,
+    Request,
+    Resource,
+    ValueBlock,
+)
 from lockmgr.modes import COVERS, JOIN, Mode
 from lockmgr.resource import MasteredResource
 
@@ -60,10 +68,10 @@ def rebuild(said: Iterable[Said], orphaned: set[bytes], debts: Debts, epoch: int
         for node, state in sorted(about.nodes.items()):
             if state.held is not None:
                 mastered.restore(node, state.held, state.grant)
-        by_age = sorted(about.nodes.items(), key=lambda item: (-item[1].waited_s, item[0]))
-        for node, state in by_age:
-            if state.asked is None:
-                continue
+        asking = [(node, state) for node, state in about.nodes.items() if state.asked is not None]
+        asking.sort(key=lambda item: (-item[1].waited_s, item[0]))
+        for node, state in asking:
+            assert state.asked is not None
             if state.queue:
                 mastered.enqueue(node, state.serial, state.asked)
             else:
@@ -87,26 +95,28 @@ def _owed(about: Said, debts: Debts) -> dict[int, Mode]:
 def true_value(about: Said, orphaned: bool) -> ValueBlock:
     """The value block as the module's theory says."""
     holders = [state for state in about.nodes.values() if state.held is not None]
-    vouched = [state.value for state in holders if _vouches(state.held)]
+    vouched = [state.value for state in holders if state.held in _VOUCHING]
     if vouched:
         return max(vouched, key=_sequence)
     known = [state.value for state in holders]
     known += [state.value for state in about.masters]
-    latest = max(known, key=_sequence, default=ValueBlock())
-    not_valid = ValueBlock(None, latest.sequence + 1)
-    if orphaned or not about.masters:
-        return not_valid
-    for master in about.masters:
-        if master.writer is None:
-            continue
-        writer = about.nodes.get(master.writer)
-        if writer is None or writer.held is None:
-            return not_valid
+    latest = max(known, key=_sequence, default=NEVER_WRITTEN)
+    if orphaned or not about.masters or any(_is_unsaid(each, about) for each in about.masters):
+        return ValueBlock(None, latest.sequence + 1)
     return latest
 
 
-def _vouches(held: Mode | None) -> bool:
-    return held is not None and (COVERS[held][Mode.CW] or COVERS[held][Mode.PR])
+def _is_unsaid(master: MasterState, about: Said) -> bool:
+    """Who may have changed the block has not said what it knows."""
+    if master.writer is None:
+        return False
+    writer = about.nodes.get(master.writer)
+    return writer is None or writer.held is None
+
+
+_VOUCHING: Final = frozenset(
+    mode for mode in Mode if COVERS[mode][Mode.CW] or COVERS[mode][Mode.PR]
+)
 
 
 def _sequence(value: ValueBlock) -> int:

@@ -225,7 +225,10 @@ class Recovery:
                 self._rebuild()
 
     def _about(self, state: HeldState | MasterState) -> Said:
-        return self._said.setdefault(state.resource.name, Said(state.resource))
+        about = self._said.get(state.resource.name)
+        if about is None:
+            about = self._said[state.resource.name] = Said(state.resource)
+        return about
 
     # -- 4 barrier -------------------------------------------------------------------------
     def _rebuild(self) -> None:
@@ -240,8 +243,9 @@ class Recovery:
                 self.debts.lose(loss)
         orphaned = {
             name
+            for mastering, gone in broken
             for name, about in self._said.items()
-            if any(mastering.master_of(about.resource) in gone for mastering, gone in broken)
+            if mastering.master_of(about.resource) in gone
         }
         rebuilt = rebuild(self._said.values(), orphaned, self.debts, self.epoch)
         self.master.resources = rebuilt.resources

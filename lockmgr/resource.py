@@ -45,6 +45,7 @@ from dataclasses import dataclass, field
 from lockmgr.debts import Debts
 from lockmgr.errors import ProtocolViolation
 from lockmgr.messages import (
+    NEVER_WRITTEN,
     AskGlimpse,
     Blocking,
     Cancel,
@@ -58,7 +59,6 @@ from lockmgr.messages import (
     Request,
     Resource,
     Unblocking,
-    ValueBlock,
 )
 from lockmgr.modes import COMPATIBLE, COVERS, WRITES_VALUE, Mode, join
 
@@ -98,7 +98,7 @@ class MasteredResource:
         """Which request of the node was granted last."""
         self.converting: list[Queued] = []
         self.waiting: list[Queued] = []
-        self.value = ValueBlock()
+        self.value = NEVER_WRITTEN
 
     def granted_serial(self, node: int) -> int:
         """Which request of ``node`` was granted last; 0: none that still counts."""
@@ -319,6 +319,8 @@ class Master:
         """Look at every resource again, after a thaw or when debts were settled."""
         out: list[NodeBound] = []
         for name, mastered in list(self.resources.items()):
+            if not (mastered.owed or mastered.converting or mastered.waiting):
+                continue  # nobody waits here, and somebody holds it
             out += mastered.resume()
             if mastered.empty:
                 del self.resources[name]
