@@ -321,8 +321,8 @@ def test_who_dials_before_the_view_has_come_is_nothing_to_look_at() -> None:
     assert birds.is_early("10.0.0.1", 100.0 + EARLY_S / 2)
     assert not birds.is_early("10.0.0.1", 100.0 + EARLY_S)
     assert birds.is_early("10.0.0.2", 100.0 + EARLY_S)
-    assert not birds.is_early("10.0.0.1", 100.0 + NEW_ROW_S)
-    assert birds.is_early("10.0.0.1", 101.0 + 2 * NEW_ROW_S), "another row"
+    assert not birds.is_early("10.0.0.1", 100.0 + EARLY_S + NEW_ROW_S)
+    assert birds.is_early("10.0.0.1", 101.0 + EARLY_S + 2 * NEW_ROW_S), "another row"
     for number in range(2 * ADDRESSES):
         birds.is_early(f"10.1.0.{number}", 200.0)
     assert birds.is_early("10.0.0.2", 200.0), "forgotten: their number is bounded"
