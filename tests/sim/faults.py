@@ -128,9 +128,12 @@ class Plan:
         self.world.at(first_s, self._insist, list(pair if rng.random() < 0.5 else pair[::-1]))
 
     def _insist(self, kinds: list[str]) -> None:
-        """One after the other, each as soon as there is somebody whom it can befall; "": any."""
+        """One after the other, each as soon as there is somebody whom it can befall; "": any, as is
+        what has found nobody for so long that the seed would have too few."""
         if self.world.now > INSISTS_UNTIL_S:
-            return
+            if len(self.injected) >= LEAST_FAULTS:
+                return
+            kinds = [""]
         weights = [weight for _, weight in FAULTS.values()]
         if self._inject(kinds[0] or self.rng.choices(list(FAULTS), weights)[0]):
             del kinds[0]
