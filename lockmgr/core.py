@@ -195,7 +195,7 @@ class LockCore:
         return bundle(out, self.node) if len(out) > 1 else out
 
     def _view_changed(self, view: ViewChanged, now: float) -> list[Effect]:
-        before = self.epoch
+        before, coordinator_before = self.epoch, self.recovery.coordinator
         if view.epoch > before:
             self.range_debts.freeze(self.ranges.master.files.values())
         effects = self.recovery.view_changed(view, now)
@@ -203,6 +203,8 @@ class LockCore:
         if self.epoch == before:
             if coordinator != self.ranges.coordinator:
                 self.ranges.new_coordinator(coordinator, self.members)
+            if coordinator != coordinator_before:
+                self.search.view_changed(now)
             return effects + self._ranges_reopened(now)
         ranges = self.ranges.new_epoch(
             self.epoch,

@@ -28,7 +28,7 @@ Suspicion comes again, at growing intervals, as long as such a wait lasts: an ed
 without a new wait. Nobody suspects who holds nothing: claims without owner, unless they convert.
 
 invariants:
-- one search at a time; another view ends it
+- one search at a time; another view, or another coordinator, ends it
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ from lockmgr.resource import MasteredResource, Queued
 LONGEST_INTERVAL = 16
 """How many times ``deadlock_after_s`` a suspicion that came to nothing is kept back at most."""
 
+PATIENCE = 4
+"""How many times ``deadlock_after_s`` an answer may take. Who has not heard yet of another
+coordinator answers the one before; the next suspicion begins anew then."""
+
 HOLDER_LIMIT = 80
 CLAIMS_PER_ANSWER = 500
 OWNERS_PER_CLAIM = 64
@@ -82,6 +86,7 @@ class Search:
         self._answers: dict[int, Waits] = {}
         self._first: Graph | None = None
         self._searching = False
+        self._asked_at = 0.0
         self._again = False
 
     # -- suspicion -------------------------------------------------------------------------
@@ -131,13 +136,17 @@ class Search:
     def receive(self, message: Deadlocks, now: float) -> list[Effect]:
         """A message of this epoch."""
         match message:
+            case Suspicion() | Waits() if self._recovery.coordinator != self.node:
+                return []  # it was, or will be in a moment; whoever suspects will do so again
             case Suspicion():
                 self._again = True
-                return [] if self._searching else self._begin()
+                patience_s = PATIENCE * (self._after_s or 0.0)
+                searches = self._searching and now < self._asked_at + patience_s
+                return [] if searches else self._begin(now)
             case AskWaits(round=number):
                 return [self._to_coordinator(self.waits(number, now))]
             case Waits():
-                return self._collect(message)
+                return self._collect(message, now)
             case Victim(wait=wait, words=words):
                 for lock in self._locks.locks.values():
                     for claim in lock.queued:
@@ -149,21 +158,22 @@ class Search:
         return Send(self._recovery.coordinator, message)
 
     # -- the coordinator -------------------------------------------------------------------
-    def _begin(self) -> list[Effect]:
+    def _begin(self, now: float) -> list[Effect]:
         self._searching = True
         self._again = False
         self._first = None
-        return self._ask()
+        return self._ask(now)
 
-    def _ask(self) -> list[Effect]:
+    def _ask(self, now: float) -> list[Effect]:
         self._round += 1
+        self._asked_at = now
         self._answers.clear()
         epoch = self._recovery.epoch
         return [
             Send(member, AskWaits(epoch, member, self._round)) for member in self._recovery.members
         ]
 
-    def _collect(self, answer: Waits) -> list[Effect]:
+    def _collect(self, answer: Waits, now: float) -> list[Effect]:
         if not self._searching or answer.round != self._round:
             return []
         self._answers[answer.node] = answer
@@ -172,7 +182,7 @@ class Search:
         graph = needs(self._answers.values())
         if self._first is None and deadlocked(graph):
             self._first = graph
-            return self._ask()
+            return self._ask(now)
         self._searching = False
         out: list[Effect] = []
         if self._first is not None:
@@ -180,7 +190,7 @@ class Search:
             for wait, words in victims(common(self._first, graph), self._answers.values()):
                 out.append(Send(wait.node, Victim(epoch, wait.node, wait.number, words)))
         # What is left once these have given way is not known: look again.
-        return out + (self._begin() if self._again or out else [])
+        return out + (self._begin(now) if self._again or out else [])
 
     # -- what this node knows --------------------------------------------------------------
     def waits(self, number: int, now: float) -> Waits:

@@ -104,8 +104,8 @@ class RangeCore:
         if self.coordinator != self.node:
             return []  # it was, a moment ago; whoever suspects will do so again
         if isinstance(message, RangeSuspicion):
-            return _to_nodes(self.detector.suspect())
-        return _to_nodes(self.detector.receive(message))
+            return _to_nodes(self.detector.suspect(now))
+        return _to_nodes(self.detector.receive(message, now))
 
     def _settle(self, effects: list[RangeEffect], now: float) -> list[RangeEffect]:
         out: list[RangeEffect] = []

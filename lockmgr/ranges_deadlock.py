@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from typing import Final
 
 from lockmgr.ranges import process_of
 from lockmgr.ranges_messages import (
@@ -94,6 +95,11 @@ def in_both(before: Iterable[WaitEdges], after: Iterable[WaitEdges]) -> list[Wai
     ]
 
 
+PATIENCE_S: Final = 8.0
+"""Who has not heard yet of another coordinator answers the one before: after so long without an
+answer a suspicion begins anew."""
+
+
 class RangeDetector:
     """The coordinator's part, for one epoch; messages of another never reach it.
 
@@ -107,40 +113,43 @@ class RangeDetector:
         self.members = tuple(members)
         self._round = 0
         self._missing: set[int] = set()
+        self._asked_at = 0.0
         self._waits: list[tuple[int, WaitEdges]] = []
         """With the master that told."""
         self._before: list[WaitEdges] | None = None
         self._again = False
 
-    def suspect(self) -> list[AskRangeWaits]:
+    def suspect(self, now: float) -> list[AskRangeWaits]:
         """A master suspects a deadlock: ask, or ask again when the present round has ended."""
-        if self._missing:
+        if self._missing and now < self._asked_at + PATIENCE_S:
             self._again = True
             return []
-        return self._ask(None)
+        self._again = False
+        return self._ask(None, now)
 
-    def _ask(self, before: list[WaitEdges] | None) -> list[AskRangeWaits]:
+    def _ask(self, before: list[WaitEdges] | None, now: float) -> list[AskRangeWaits]:
         self._round += 1
+        self._asked_at = now
         self._before = before
         self._waits = []
         self._missing = set(self.members)
         return [AskRangeWaits(self.epoch, member, self._round) for member in self.members]
 
-    def receive(self, answer: RangeWaits) -> list[AskRangeWaits | RangeVerdict]:
+    def receive(self, answer: RangeWaits, now: float) -> list[AskRangeWaits | RangeVerdict]:
         """Part of a master's answer. Those of a round that is over are passed over."""
         if answer.round != self._round or answer.node not in self._missing:
             return []
         self._waits += [(answer.node, wait) for wait in answer.waits]
         if answer.last:
             self._missing.discard(answer.node)
-        return [] if self._missing else self._all_answered()
+        return [] if self._missing else self._all_answered(now)
 
-    def _all_answered(self) -> list[AskRangeWaits | RangeVerdict]:
+    def _all_answered(self, now: float) -> list[AskRangeWaits | RangeVerdict]:
         waits = [wait for _master, wait in self._waits]
         out: list[AskRangeWaits | RangeVerdict] = []
         if self._before is None:
             if find_verdicts(waits):
-                return [*self._ask(waits)]
+                return [*self._ask(waits, now)]
         else:
             masters = {(w.owner.node, w.serial): master for master, w in self._waits}
             for wait, overtake in find_verdicts(in_both(self._before, waits)):
@@ -152,7 +161,7 @@ class RangeDetector:
         self._before = None
         if self._again:
             self._again = False
-            out += self._ask(None)
+            out += self._ask(None, now)
         return out
 
     def check(self) -> None:

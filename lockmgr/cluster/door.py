@@ -23,7 +23,7 @@ LINES_AT_ONCE: Final = 20
 LINES_A_SECOND: Final = 1.0
 EARLY_S: Final = 5.0
 """A node that dials may be ahead of this one's view by as much; then a human should look."""
-NEW_ROW_S: Final = 3.0
+NEW_ROW_S: Final = 5.0
 """Who dials in vain comes again sooner."""
 ADDRESSES: Final = 256
 TOO_MANY: Final = "too many connections have not said who they are"

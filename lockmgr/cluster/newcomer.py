@@ -266,7 +266,9 @@ def _request(
     )
     yield from st.do(WriteJoin(st.op(), request))
     holder = st.keys.owner(survey.holder_key)
-    if search.sequence == 1 and holder is not None and view.lists(*holder):
+    if search.sequence > 1 or holder is None or not view.lists(*holder):
+        return
+    if not _is_own(st, view, holder):
         st.emit(Knock(st.op(), (holder,)))  # it looks at once: nothing depends on its answer
 
 

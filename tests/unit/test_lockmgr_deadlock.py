@@ -244,6 +244,65 @@ def test_another_view_begins_the_search_anew() -> None:
     assert len(cluster.victims) == 1
 
 
+def _in_a_cycle() -> Suspicious:
+    """alice on node 1 and bob on node 2 wait for each other; their nodes are about to suspect."""
+    cluster = Suspicious(4)
+    cluster.acquire(1, AT[1], EX, owner="alice")
+    cluster.acquire(2, AT[2], EX, owner="bob")
+    cluster.settle()
+    cluster.acquire(1, AT[2], EX, owner="alice")
+    cluster.acquire(2, AT[1], EX, owner="bob")
+    cluster.settle()
+    cluster.sleep(AFTER_S + 0.1)
+    return cluster
+
+
+def _pass(cluster: Suspicious, source: int, to: int) -> None:
+    while cluster.channels[source, to]:
+        cluster.deliver(source, to)
+
+
+def test_who_was_the_coordinator_and_is_again_begins_the_search_anew() -> None:
+    cluster = _in_a_cycle()
+    _pass(cluster, 1, 0)  # node 0 asks
+    cluster.hand_over(3)
+    for node in range(4):
+        cluster.install(node)
+    for node in (1, 2, 3):
+        _pass(cluster, 0, node)
+        _pass(cluster, node, 3)  # and node 3 is answered
+    cluster.hand_over(0)
+    cluster.recover()
+    cluster.search()
+    assert len(cluster.victims) == 1
+
+
+def test_a_suspicion_that_reaches_the_next_coordinator_too_early() -> None:
+    cluster = _in_a_cycle()
+    cluster.hand_over(3)
+    cluster.install(1)
+    cluster.sleep(AFTER_S + 0.1)
+    _pass(cluster, 1, 3)
+    cluster.settle()
+    cluster.recover()
+    cluster.search()
+    assert len(cluster.victims) == 1
+
+
+def test_an_answer_to_the_coordinator_of_before_is_not_waited_for_for_ever() -> None:
+    cluster = _in_a_cycle()
+    cluster.hand_over(3)
+    for node in (0, 1, 3):
+        cluster.install(node)
+    cluster.sleep(AFTER_S + 0.1)
+    _pass(cluster, 1, 3)
+    _pass(cluster, 3, 2)  # asked, node 2 tells node 0
+    cluster.settle()
+    cluster.recover()
+    cluster.search()
+    assert len(cluster.victims) == 1
+
+
 def test_shortest_cycle() -> None:
     a, b, c, d = (Vertex(0, number) for number in range(4))
     assert shortest_cycle({}) is None

@@ -15,7 +15,7 @@ from lockmgr.errors import ProtocolViolation
 from lockmgr.messages import Resource
 from lockmgr.ranges import Holdings, Span
 from lockmgr.ranges_core import RangeCore
-from lockmgr.ranges_deadlock import RangeDetector
+from lockmgr.ranges_deadlock import PATIENCE_S, RangeDetector
 from lockmgr.ranges_events import (
     CancelRange,
     FindConflict,
@@ -443,11 +443,11 @@ def test_long_waits_are_suspected_less_and_less() -> None:
 def test_no_verdict_for_waits_that_never_were_at_the_same_time() -> None:
     one, two = posix(0, 1), posix(1, 2)
     detector = RangeDetector(1, [0, 1])
-    assert len(detector.suspect()) == 2 and detector.suspect() == []
+    assert len(detector.suspect(0.0)) == 2 and detector.suspect(0.0) == []
 
     def answer(round_: int, node: int, *waits: WaitEdges) -> list[object]:
         detector.check()
-        return [*detector.receive(RangeWaits(1, node, round_, waits, last=True))]
+        return [*detector.receive(RangeWaits(1, node, round_, waits, last=True), 0.0)]
 
     first = WaitEdges(A, one, 5, 1.0, (two,), ())
     second = WaitEdges(B, two, 6, 1.0, (one,), ())
@@ -459,6 +459,15 @@ def test_no_verdict_for_waits_that_never_were_at_the_same_time() -> None:
     again = answer(2, 1, second)
     assert again == [AskRangeWaits(1, 0, 3), AskRangeWaits(1, 1, 3)], "suspected meanwhile"
     assert answer(3, 0) == [] and answer(3, 1) == []
+
+
+def test_an_answer_that_never_comes_does_not_keep_others_from_searching() -> None:
+    detector = RangeDetector(1, [0, 1])
+    assert detector.suspect(0.0) == [AskRangeWaits(1, 0, 1), AskRangeWaits(1, 1, 1)]
+    assert detector.receive(RangeWaits(1, 0, 1, (), last=True), 0.1) == []
+    assert detector.suspect(PATIENCE_S - 0.1) == []
+    assert detector.suspect(PATIENCE_S) == [AskRangeWaits(1, 0, 2), AskRangeWaits(1, 1, 2)]
+    detector.check()
 
 
 # -- what no correct caller or peer does -------------------------------------------------------
