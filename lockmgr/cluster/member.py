@@ -78,7 +78,7 @@ class Member:
         self._outstanding: set[int] = set()
         self._seen_ops = 0
         self._tick_at: float | None = None
-        self._ticked_at = float("-inf")
+        self._ticked_at = self._look_again_at = float("-inf")
         self._last_step: float | None = None
         self.stopped: Stop | None = None
 
@@ -276,11 +276,12 @@ class Member:
 
     def _look_soon(self) -> None:
         """Whoever waits to be admitted need not wait for the next tick. Strangers may come in
-        masses: no tick comes sooner than in a hurry."""
+        masses: they cause one tick more in the time of a heartbeat."""
         st = self.state
-        if self._tick_at is not None and is_serving(st):
-            soon = max(st.now, self._ticked_at + st.settings.hurry_s)
-            self._tick_at = min(self._tick_at, soon)
+        if self._tick_at is None or not is_serving(st) or st.now < self._look_again_at:
+            return
+        self._look_again_at = st.now + st.settings.heartbeat_s
+        self._tick_at = min(self._tick_at, max(st.now, self._ticked_at + st.settings.hurry_s))
 
     def _suspect(self) -> None:
         st = self.state
