@@ -202,7 +202,7 @@ class LockCore:
         coordinator = self.recovery.coordinator
         if self.epoch == before:
             if coordinator != self.ranges.coordinator:
-                self.ranges.new_coordinator(coordinator, self.members)
+                self.ranges.new_coordinator(coordinator, self.members, now)
             if coordinator != coordinator_before:
                 self.search.view_changed(now)
             return effects + self._ranges_reopened(now)

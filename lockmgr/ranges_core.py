@@ -79,8 +79,10 @@ class RangeCore:
         return self._settle(_to_nodes(self.master.reopened(now)), now)
 
     # -- deadlocks through several masters -------------------------------------------------
-    def new_coordinator(self, coordinator: int, members: Sequence[int]) -> None:
-        """Another coordinator in the same epoch; a search for deadlocks begins anew."""
+    def new_coordinator(self, coordinator: int, members: Sequence[int], now: float) -> None:
+        """Another coordinator in the same epoch; a search for deadlocks begins anew, and whoever
+        has told the one before of a doubt doubts anew."""
+        self.master.doubt_anew(now)
         self.coordinator = coordinator
         self.detector = RangeDetector(self.epoch, members)
 

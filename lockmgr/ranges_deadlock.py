@@ -95,9 +95,9 @@ def in_both(before: Iterable[WaitEdges], after: Iterable[WaitEdges]) -> list[Wai
     ]
 
 
-PATIENCE_S: Final = 8.0
+PATIENCE_S: Final = 6.0
 """Who has not heard yet of another coordinator answers the one before: after so long without an
-answer a suspicion begins anew."""
+answer a suspicion begins anew. Shorter than the pause between two suspicions of one wait."""
 
 
 class RangeDetector:

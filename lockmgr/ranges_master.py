@@ -243,6 +243,10 @@ class RangeMaster:
         """Has something waited for so long that all masters' waits should be looked at?"""
         return self._graph.take_doubts(now)
 
+    def doubt_anew(self, now: float) -> None:
+        """Whoever looked at all masters' waits does so no more."""
+        self._graph.doubt_anew(now)
+
     def waits(self, asked: AskRangeWaits, node: int, now: float) -> list[RangeWaits]:
         """This master's answer, in parts."""
         edges = list(self._graph.edges(now))

@@ -71,6 +71,11 @@ class WaitGraph:
         waiting.doubt_at = now + after_s
         self._doubts.set(waiting.doubt_at, waiting)
 
+    def doubt_anew(self, now: float) -> None:
+        """As if all of them had begun to wait now."""
+        for waiting in self._all:
+            self._doubt(waiting, now, FIRST_DOUBT_S)
+
     def next_doubt(self) -> float | None:
         """When `take_doubts` will have something to say."""
         return self._doubts.next()

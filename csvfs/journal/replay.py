@@ -208,9 +208,14 @@ async def replay(device: BlockIO, place: JournalPlace, incarnation: int) -> Repl
     """Bring home what the journal holds and leave it empty, for ``incarnation`` to go on.
 
     Idempotent; a crash during it is harmless. Raises `BadBlock` if no header is valid,
-    `JournalDamaged`, `BlockError`.
+    `JournalDamaged`, also if a later incarnation goes on with it already, `BlockError`.
     """
     header, version = await read_header(device, place)
+    if header.incarnation > incarnation:
+        raise JournalDamaged(
+            f"incarnation {header.incarnation} goes on with it already: "
+            f"that of {incarnation} is not to be replayed any more"
+        )
     plan = ReplayPlan()
     _, sequence = await _read_ring(device, place, read_records(place, header, plan))
     older = await _older_homes(device, place.volume_id, plan)

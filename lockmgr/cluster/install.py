@@ -62,7 +62,7 @@ def _install(st: NodeState, view: View, cleared: frozenset[NodeId]) -> None:
         if node in cleared or view.state_of(node) is not SlotState.NEEDS_REPLAY:
             clear(st, node)
     _want_replays(st, view)
-    _forget(st, view)
+    _forget(st, before, view)
 
 
 def _note_other_holder(st: NodeState, before: View | None, view: View) -> None:
@@ -127,8 +127,13 @@ def _want_replays(st: NodeState, view: View) -> None:
     st.replaying = wanted
 
 
-def _forget(st: NodeState, view: View) -> None:
-    """Books about who is not there any more."""
+def _forget(st: NodeState, before: View | None, view: View) -> None:
+    """Books about who is not there any more, and about who replays it no more: as long as the next
+    one is at it, the slot is nobody's, though its journal was replayed before."""
+    if before is not None:
+        st.replay_done = {
+            node for node in st.replay_done if view.replayer_of(node) == before.replayer_of(node)
+        }
     listed, waiting = frozenset(view.listed), frozenset(view.to_replay)
     st.dead &= listed | waiting
     st.asked = {node: why for node, why in st.asked.items() if node in listed}

@@ -16,7 +16,7 @@ from lockmgr.cluster.effects import (
     WriteHeartbeat,
     WriteView,
 )
-from lockmgr.cluster.events import DeathProven, EvictWanted, PathLost
+from lockmgr.cluster.events import DeathProven, EvictWanted, LeaveWanted, PathLost, Replayed
 from tests.unit.cluster_host import Host
 from tests.unit.cluster_world import World
 
@@ -422,6 +422,30 @@ def test_eviction_on_request(victim: int, asker: int) -> None:
     world.run_until(lambda: all(listed(host) == names(*rest) for host in rest), 10)
     world.run_until(lambda: hosts[victim].stopped is not None, 5)
     world.run(8)
+    assert not world.lun.view.to_replay
+
+
+def test_who_replays_again_what_somebody_replayed_is_waited_for() -> None:
+    """Its late writes would go to the journal of whoever has the slot by then."""
+    world = World()
+    hosts = world.cluster(4)
+    world.replays = False
+    victim = hosts[3].node
+    assert victim is not None
+    hosts[0].give(EvictWanted(victim, "test"))
+    rest = hosts[:3]
+    world.run_until(lambda: any(host.when(ReplayWanted, victim) for host in rest), 5)
+    (first,) = (host for host in rest if host.when(ReplayWanted, victim))
+    first.give(Replayed(victim))
+    first.give(LeaveWanted())
+    world.run_until(lambda: first.stopped is not None, 5)
+    others = [host for host in rest if host is not first]
+    world.run_until(lambda: any(host.when(ReplayWanted, victim) for host in others), 5)
+    (second,) = (host for host in others if host.when(ReplayWanted, victim))
+    world.run(10)
+    assert victim in world.lun.view.to_replay
+    second.give(Replayed(victim))
+    world.run(2)
     assert not world.lun.view.to_replay
 
 

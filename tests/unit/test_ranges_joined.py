@@ -159,6 +159,29 @@ def test_a_circle_through_two_masters_after_a_change_of_coordinator() -> None:
     cluster.end()
 
 
+def test_a_doubt_that_was_told_to_the_coordinator_of_before_is_told_again() -> None:
+    cluster = RangesCluster(3)
+    a, b = owner(0), owner(1)
+    cluster.lock(FILES[0], a, 0, 5, WRITE)
+    cluster.lock(FILES[1], b, 0, 5, WRITE)
+    cluster.settle()
+    cluster.lock(FILES[1], a, 0, 5, WRITE)
+    cluster.settle()
+    cluster.sleep(0.1)
+    younger = cluster.lock(FILES[0], b, 0, 5, WRITE)
+    cluster.settle()
+    cluster.sleep(0.6)
+    cluster.hand_over(2)
+    cluster.recover()
+    assert younger not in cluster.outcomes, "the one of before has nothing more to say"
+    cluster.sleep(0.6)
+    cluster.settle()
+    assert cluster.outcomes.get(younger) is Outcome.DEADLOCK
+    cluster.lock(FILES[1], b, 0, 5, NONE)
+    cluster.settle()
+    cluster.end()
+
+
 class History:
     """Programs, locks of the nodes themselves, and one failure after another."""
 

@@ -200,6 +200,16 @@ async def test_records_of_another_incarnation_are_not_read() -> None:
     assert again.start.next_sequence == first.start.next_sequence == 3
 
 
+async def test_the_journal_of_a_later_incarnation_is_not_touched() -> None:
+    """Who replays late, after the slot was given to somebody else, finds that one's records."""
+    lun = await lun_with({})
+    await replayed(lun, 3)
+    writes = lun.journal.writes
+    with pytest.raises(JournalDamaged, match="incarnation 3 goes on with it already"):
+        await replayed(lun, 2)
+    assert lun.journal.writes == writes
+
+
 async def test_sequences_go_on_after_replay() -> None:
     lun = SimulatedLun(LUN_BYTES)
     for life in range(1, 6):
