@@ -134,6 +134,7 @@ def _forget(st: NodeState, before: View | None, view: View) -> None:
         st.replay_done = {
             node for node in st.replay_done if view.replayer_of(node) == before.replayer_of(node)
         }
+    st.links.forget(st.now)
     listed, waiting = frozenset(view.listed), frozenset(view.to_replay)
     st.dead &= listed | waiting
     st.asked = {node: why for node, why in st.asked.items() if node in listed}

@@ -12,6 +12,8 @@ others say that they hear ends ``hears_s`` later. A verdict in between would fin
 never there. So when the first pair is broken the judge waits, ``spread_s`` at most, as long as
 other pairs are as good as broken. Who shows no life at all needs no such wait.
 
+Who is heard and not connected (`links`) is not heard: it could not be told anything.
+
 Who is still joining costs no active member its place: the active ones are judged first, and of the
 joining those stay who are mutual with all of them.
 
@@ -29,6 +31,7 @@ from collections.abc import Iterable
 
 from lockmgr.cluster.blocks import Heartbeat, HeartbeatFlag
 from lockmgr.cluster.cliques import largest_mutual_set
+from lockmgr.cluster.links import Links
 from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.view import NodeId
 
@@ -64,10 +67,13 @@ class BlockWatch:
 class Judge:
     """The observations of node ``me``."""
 
-    def __init__(self, me: NodeId, settings: Settings, watch: BlockWatch | None = None) -> None:
+    def __init__(
+        self, me: NodeId, settings: Settings, links: Links, watch: BlockWatch | None = None
+    ) -> None:
         self.me = me
         self._watch = watch or BlockWatch()
         self._settings = settings
+        self._links = links
         self._fresh: dict[NodeId, float] = {me: 0.0}
         self._life: dict[NodeId, float] = {}
         self._sign_before: dict[NodeId, float] = {}
@@ -117,7 +123,8 @@ class Judge:
         if beat.sequence <= self._sequences.get(node, -1):
             return False
         self._sign(beat, now)
-        self._heard[self.me.slot, node.slot] = now
+        if self._links.holds(node, now):
+            self._heard[self.me.slot, node.slot] = now
         return True
 
     def take_blocks(self, blocks: Iterable[Heartbeat], now: float) -> None:

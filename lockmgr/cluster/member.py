@@ -206,11 +206,12 @@ class Member:
             case StrangerCame():
                 self._look_soon()
             case PeerConnected(peer):
+                st.links.connected(peer)
                 if is_serving(st):
                     st.lagging.add(peer)
                     keep_books(st)
-            case PeerLost():
-                pass
+            case PeerLost(peer):
+                st.links.lost(peer, st.now)
             case DeathProven(node):
                 if node != st.me:
                     st.dead.add(node)

@@ -49,6 +49,8 @@ class Settings:
     be silent, after the request was seen, to be believed dead."""
     reopen_s: float = 1.0
     """How often a lost path is tried again."""
+    reconnect_s: float = 2.0
+    """How long a node whose connection was lost counts as heard without one."""
     leave_within_s: float = 15.0
     """Who cannot leave within this time stops all the same, and is evicted."""
     hurry_s: float = 0.05

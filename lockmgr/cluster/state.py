@@ -27,6 +27,7 @@ from lockmgr.cluster.blocks import Heartbeat, HeartbeatFlag, Identity
 from lockmgr.cluster.effects import Effect, IoEffect, SendTo, StopReason
 from lockmgr.cluster.judge import BlockWatch, Judge
 from lockmgr.cluster.lease import Lease, LeasesGiven
+from lockmgr.cluster.links import Links
 from lockmgr.cluster.messages import Message, TakeOver
 from lockmgr.cluster.outcomes import Good, Outcome
 from lockmgr.cluster.settings import Settings
@@ -103,6 +104,7 @@ class NodeState:
     current: View | None = None
     """The one on the LUN, as this node read or wrote it last."""
     judge: Judge | None = None
+    links: Links = field(init=False)
     watch: BlockWatch = field(default_factory=BlockWatch)
     best: frozenset[NodeId] = frozenset()
     """The judge's verdict at the last tick."""
@@ -155,6 +157,7 @@ class NodeState:
 
     def __post_init__(self) -> None:
         self.lease = Lease(self.settings)
+        self.links = Links(self.settings)
         self.given = LeasesGiven(self.settings)
         self.admissions = Admissions(self.settings)
 

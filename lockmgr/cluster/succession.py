@@ -58,7 +58,7 @@ def open_once(st: NodeState) -> Steps[Surveyed]:
         raise MembershipViolation(f"new paths before PathLost has named those with {keys}")
     st.path_key, st.opened_at = opened.key, st.now
     if st.judge is None:
-        st.judge = Judge(st.me, st.settings, st.watch)
+        st.judge = Judge(st.me, st.settings, st.links, st.watch)
         st.judge.set_nodes(survey.view.listed, st.now, survey.view.joining)
     st.judge.restart(st.now)
     note_survey(st, survey)

@@ -138,7 +138,7 @@ class Cluster:
         for peer in self.daemons:
             if peer in told or peer.process.frozen or peer.view is None:
                 continue
-            if not network.open(dead, peer) or not network.open(peer, dead):
+            if not network.streams(dead, peer) or not network.streams(peer, dead):
                 continue
             told.append(peer)
             proof = events.DeathProven(dead.node)

@@ -279,8 +279,8 @@ class Daemon:
             node
             for node in effect.nodes
             if (peer := self.cluster.daemon_of(node)) is not None
-            and network.open(self, peer)
-            and network.open(peer, self)
+            and network.streams(self, peer)
+            and network.streams(peer, self)
             and not peer.process.frozen
         )
         for node in answered:

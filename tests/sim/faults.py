@@ -502,7 +502,22 @@ def _net_cut(plan: Plan, machine: Machine) -> Heal | None:
 
 def _net_cut_pair(plan: Plan, machine: Machine) -> Heal | None:
     other = plan.rng.choice([m for m in plan.cluster.machines if m is not machine])
+    if plan.rng.random() < 0.4:
+        return _filter(plan, machine.name, other.name)
     return _cut(plan, [(machine.name, other.name), (other.name, machine.name)])
+
+
+def _filter(plan: Plan, one: str, other: str) -> Heal:
+    """As a firewall does that was told of the datagrams, and not of the connections."""
+    network = plan.cluster.network
+    network.filter(one, other, on=True)
+    plan.world.trace("fault", f"nothing but datagrams passes between {one} and {other}")
+
+    def heal() -> None:
+        plan.world.trace("fault", f"connections pass again between {one} and {other}")
+        network.filter(one, other, on=False)
+
+    return plan.later(0.3, 18.0, heal)
 
 
 def _net_one_way(plan: Plan, machine: Machine) -> Heal | None:

@@ -54,7 +54,7 @@ class Connection:
         side = 0 if self.ends[0] is sender else 1
         if self.broken:
             return
-        if self._stalled[side] or not self.network.open(sender, self.ends[1 - side]):
+        if self._stalled[side] or not self.network.streams(sender, self.ends[1 - side]):
             self._stalled[side].append(message)
             return
         world = self.network.world
@@ -78,7 +78,7 @@ class Connection:
     def changed(self) -> None:
         """A cut came or went."""
         for side in (0, 1):
-            if self._stalled[side] and self.network.open(self.ends[side], self.ends[1 - side]):
+            if self._stalled[side] and self.network.streams(self.ends[side], self.ends[1 - side]):
                 stalled, self._stalled[side] = self._stalled[side], []
                 for message in stalled:
                     self.send(self.ends[side], message)
@@ -86,7 +86,7 @@ class Connection:
     def blocked(self) -> bool:
         """Is one direction cut?"""
         a, b = self.ends
-        return not (self.network.open(a, b) and self.network.open(b, a))
+        return not (self.network.streams(a, b) and self.network.streams(b, a))
 
     def break_off(self, *, notice_s: tuple[float, float] = (0.0, 0.0)) -> None:
         """From now on nothing arrives; each end is told after its ``notice_s``."""
@@ -111,6 +111,8 @@ class Network:
         self.world = world
         self.cuts: dict[tuple[str, str], int] = {}
         """From host, to host: how many faults cut it."""
+        self.filtered: set[tuple[str, str]] = set()
+        """The same, where datagrams pass and connections do not."""
         self.loss = 0.0
         self.duplication = 0.0
         self.slow_until = 0.0
@@ -128,6 +130,21 @@ class Network:
     def passable(self, source: str, to: str) -> bool:
         """The same, for hosts."""
         return (source, to) not in self.cuts and source not in self.off and to not in self.off
+
+    def streams(self, source: Endpoint, to: Endpoint) -> bool:
+        """Do bytes of connections arrive, too?"""
+        return self.open(source, to) and (source.host_name, to.host_name) not in self.filtered
+
+    def filter(self, one: str, other: str, *, on: bool) -> None:
+        """Let nothing but datagrams pass between two hosts, or all again."""
+        both = {(one, other), (other, one)}
+        if on:
+            self.filtered |= both
+            self._watch()
+            return
+        self.filtered -= both
+        for connection in list(self.connections.values()):
+            connection.changed()
 
     def cut(self, source: str, to: str) -> None:
         """Drop everything in this direction."""
@@ -211,7 +228,7 @@ class Network:
         key = self._key(a, b)
         if key in self.connections or a.process.frozen or b.process.frozen:
             return
-        if self.open(a, b) and self.open(b, a) and a.wants(b) and b.wants(a):
+        if self.streams(a, b) and self.streams(b, a) and a.wants(b) and b.wants(a):
             self.connections[key] = connection = Connection(self, (a, b))
             for end, other in ((a, b), (b, a)):
                 self.world.after(_TRAVEL_S, end.process.deliver, self._tell, connection, end, other)

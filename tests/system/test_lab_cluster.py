@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from csvctl.lab import state
 from csvctl.lab.faults import Fault
-from csvctl.lab.host import Host
+from csvctl.lab.host import Host, enter
+from csvfs.host.problems import Problem
 from tests.system.test_lab import Lab
 
 pytestmark = [pytest.mark.system, pytest.mark.full]
@@ -99,6 +103,38 @@ def test_scenario(whole: Lab, scenario: str) -> None:
         for host in hosts(whole):
             said = host.log.read_bytes()[logs[host.name] :].decode()
             assert not troubles(said), f"{host.name} warns of what is as it should be"
+
+
+@contextmanager
+def only_datagrams(one: Host, other: Host) -> Iterator[None]:
+    """A firewall between two hosts."""
+
+    def rules(change: str) -> None:
+        address = other.state.cluster_address.partition(":")[0]
+        for chain, side in (("INPUT", "-s"), ("OUTPUT", "-d")):
+            rule = ["iptables", change, chain, side, address, "-p", "tcp", "-j", "DROP"]
+            subprocess.run([*enter(one.lab, one.name), *rule], check=True)
+
+    rules("-A")
+    try:
+        yield
+    finally:
+        rules("-D")
+
+
+def test_a_host_that_one_member_cannot_be_connected_with_is_put_out(whole: Lab) -> None:
+    first, second, last = hosts(whole)
+    last.umount()
+    try:
+        with only_datagrams(second, last), pytest.raises(Problem, match="did not hear each other"):
+            last.mount()
+        for host in (first, second):
+            begun = time.monotonic()
+            (host.mountpoint / f"beside-{host.name}").write_text("as before")
+            assert time.monotonic() - begun < NOTICED_S
+    finally:
+        whole("heal", last.name)
+    assert last.is_mounted
 
 
 def troubles(said: str) -> list[str]:

@@ -44,6 +44,7 @@ class Host:
         self.inbox: list[Event] = []
         self.log: list[tuple[float, Effect | WriteHeartbeat]] = []
         self.epoch_of_locks = -1
+        self.connected: set[NodeId] = set()
         self.outstanding: dict[int, AnyIo] = {}
         self.unanswered: set[int] = set()
         """Ops whose session broke: their answer is `Unknown`, whatever the target says."""

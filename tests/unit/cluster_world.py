@@ -46,6 +46,8 @@ from lockmgr.cluster.events import (
     LocksThawed,
     PathBack,
     PathLost,
+    PeerConnected,
+    PeerLost,
     Received,
     Replayed,
     Start,
@@ -83,6 +85,7 @@ class World:
         self.lun = Lun(View.empty(slots))
         self.hosts: list[Host] = []
         self.cuts: set[tuple[str, str]] = set()
+        self.tcp_cuts: set[tuple[str, str]] = set()
         self.san_cuts: set[str] = set()
         self.replays = True
         """Whether journals of the departed are replayed when they are asked for."""
@@ -294,9 +297,30 @@ class World:
                 self.at(self.now + NETWORK_S, partial(other.give, Received(sender, message)))
 
     def _beat(self, host: Host, beat: Heartbeat) -> None:
+        self._connect(host)
         for other in self.hosts:
             if other is not host and (host.name, other.name) not in self.cuts:
                 self.at(self.now + NETWORK_S, partial(other.give, BeatHeard(beat)))
+
+    def _connect(self, host: Host) -> None:
+        """With all that it can be connected with; until `cut_connections` that is for good."""
+        for other in self.hosts:
+            both = {(host.name, other.name), (other.name, host.name)}
+            if other is host or other.member.node is None or both & (self.cuts | self.tcp_cuts):
+                continue
+            for one, another in ((host, other), (other, host)):
+                if another.node not in one.connected:
+                    one.connected.add(another.node)
+                    self.at(self.now + NETWORK_S, partial(one.give, PeerConnected(another.node)))
+
+    def cut_connections(self, *pairs: tuple[Host, Host]) -> None:
+        """Datagrams still pass."""
+        for a, b in pairs:
+            self.tcp_cuts |= {(a.name, b.name), (b.name, a.name)}
+            for one, another in ((a, b), (b, a)):
+                if another.member.node in one.connected:
+                    one.connected.discard(another.node)
+                    one.give(PeerLost(another.node))
 
     # -- I/O -----------------------------------------------------------------------------------
     def _io(self, host: Host, effect: AnyIo) -> None:

@@ -411,6 +411,49 @@ def test_replayer_departs() -> None:
     assert not world.lun.view.to_replay
 
 
+# -- datagrams pass, and nothing else --------------------------------------------------------------
+@pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 2), (2, 3)])
+def test_two_that_cannot_talk_to_each_other_do_not_both_stay(pair: tuple[int, int]) -> None:
+    world = World()
+    hosts = world.cluster(4)
+    one, other = hosts[pair[0]], hosts[pair[1]]
+    world.cut_connections((one, other))
+    loser = max(one, other, key=lambda host: host.node)
+    took_s = world.run_until(lambda: loser.stopped is not None, 20)
+    assert 8.0 <= took_s < 12.0
+    world.run(8)
+    rest = [host for host in hosts if host is not loser]
+    assert all(listed(host) == names(*rest) for host in rest)
+    assert not world.lun.view.to_replay
+
+
+def test_a_newcomer_that_one_member_cannot_talk_to_is_never_active() -> None:
+    world = World()
+    hosts = world.cluster(3)
+    late = world.host("host9")
+    world.cut_connections((late, hosts[1]))
+    world.run_until(lambda: late.member.node is not None, 5)
+    epoch = hosts[0].member.view.lock_epoch if hosts[0].member.view else 0
+    world.run_until(lambda: late.stopped is not None, 12)
+    world.run(8)
+    for host in hosts:
+        assert host.member.view is not None
+        assert host.member.view.lock_epoch == epoch, "nobody had to recover a lock"
+        assert listed(host) == names(*hosts)
+
+
+def test_a_connection_that_comes_back_in_a_moment_is_nothing() -> None:
+    world = World()
+    hosts = world.cluster(3)
+    epoch = hosts[0].epoch
+    for _ in range(10):
+        world.cut_connections((hosts[0], hosts[1]), (hosts[1], hosts[2]))
+        world.run(0.3)
+        world.tcp_cuts.clear()
+        world.run(4)
+    assert hosts[0].epoch == epoch
+
+
 # -- on request ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("asker", [0, 2])

@@ -7,11 +7,19 @@ import pytest
 from lockmgr.cluster.blocks import Heartbeat, HeartbeatFlag
 from lockmgr.cluster.judge import Judge
 from lockmgr.cluster.lease import Lease, LeasesGiven
+from lockmgr.cluster.links import Links
 from lockmgr.cluster.settings import Settings
 from lockmgr.cluster.view import NodeId
 
 A, B, C = NodeId(0, 1), NodeId(1, 1), NodeId(2, 1)
 SETTINGS = Settings()
+
+
+def everywhere(*nodes: NodeId) -> Links:
+    links = Links(SETTINGS)
+    for node in nodes:
+        links.connected(node)
+    return links
 
 
 def beat(node: NodeId, sequence: int, *hears: NodeId, direct: bool = True) -> Heartbeat:
@@ -21,7 +29,7 @@ def beat(node: NodeId, sequence: int, *hears: NodeId, direct: bool = True) -> He
 
 
 def judge_of_three() -> Judge:
-    judge = Judge(A, SETTINGS)
+    judge = Judge(A, SETTINGS, everywhere(A, B, C))
     judge.set_nodes((A, B, C), 0.0)
     return judge
 
@@ -51,7 +59,7 @@ def test_one_sided_hearing_is_none() -> None:
 
 
 def test_who_is_joining_costs_no_active_member_its_place() -> None:
-    judge = Judge(A, SETTINGS)
+    judge = Judge(A, SETTINGS, everywhere(A, B, C))
     judge.set_nodes((A, B, C), 0.0, joining=(B,))
     for n in range(20):
         judge.take_beat(beat(B, n, A), n * 0.5)
