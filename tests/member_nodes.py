@@ -126,6 +126,8 @@ class MemberNode:
         """What the data path is told, in order."""
         self.outcomes: list[tuple[effects.AnyIo, Outcome]] = []
         self.cut_off = False
+        self.connected: set[NodeId] = set()
+        """With whom: as soon as something of it comes, and for good."""
         self.stopped = trio.Event()
         self.scope = trio.CancelScope()
         self._changed = trio.Event()
@@ -244,6 +246,9 @@ class MemberNode:
                         node.give(events.Received(self.id, message))
             case effects.Beat(beat, key):
                 for node in self._reached():
+                    if self.id not in node.connected:
+                        node.connected.add(self.id)
+                        node.give(events.PeerConnected(self.id))
                     node.give(events.BeatHeard(beat))
                 if key and not self._writing:
                     self._writing = True

@@ -441,7 +441,7 @@ def _san_dark(plan: Plan, _machine: Machine) -> Heal | None:
                 daemon.process.deliver(daemon.step, events.PathBack())
         plan.world.trace("fault", "the LUN is back for everybody")
 
-    return plan.later(0.5, 12.0, heal)
+    return plan.later(0.5, 7.5, heal)
 
 
 def _target_restart(plan: Plan, _machine: Machine) -> Heal | None:
