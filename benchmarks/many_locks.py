@@ -28,9 +28,6 @@ from typing import Any
 
 from benchmarks.lab_hosts import Fault, Hosts, Joined, open_lab
 
-VOLUME_BYTES = 64 << 30
-"""Sparse. It has 38 groups, so each host has some of its own; on 8 GiB, which have 5, somebody's
-files are all mastered by another host, and half of each pause is messages about them."""
 LOCKS = 5_000
 FILES = LOCKS // 2
 """Each has two locks: of its inode, and of its being open."""
@@ -198,7 +195,7 @@ def _longest(calls: dict[str, Any], since: float) -> float:
 
 def measure(rounds: int) -> Found:
     """All of it."""
-    with open_lab(4, VOLUME_BYTES) as hosts:
+    with open_lab(4) as hosts:
         bench = Bench(hosts, rounds)
         bench.prepare()
         for _ in range(rounds):

@@ -100,6 +100,8 @@ class Plan:
         self.rng = cluster.world.rng
         self.injected: list[tuple[str, float]] = []
         self.heals: list[Heal] = []
+        self.darkness = 0
+        """How many faults keep the LUN away from everybody."""
         self._ambushed = False
 
     # -- the plan --------------------------------------------------------------------------
@@ -427,12 +429,14 @@ def _san_reset(plan: Plan, machine: Machine) -> Heal | None:
 
 def _san_dark(plan: Plan, _machine: Machine) -> Heal | None:
     """The LUN is away for everybody."""
-    if all(m.san.cut_out and m.san.cut_in for m in plan.cluster.machines):
-        return None
+    plan.darkness += 1
     for machine in plan.cluster.machines:
         machine.san.cut_out = machine.san.cut_in = True
 
     def heal() -> None:
+        plan.darkness -= 1
+        if plan.darkness:
+            return
         for machine in plan.cluster.machines:
             machine.san.cut_out = machine.san.cut_in = False
             plan.cluster.lun.healed(machine.san)
@@ -441,7 +445,7 @@ def _san_dark(plan: Plan, _machine: Machine) -> Heal | None:
                 daemon.process.deliver(daemon.step, events.PathBack())
         plan.world.trace("fault", "the LUN is back for everybody")
 
-    return plan.later(0.5, 7.5, heal)
+    return plan.later(0.5, 12.0, heal)
 
 
 def _target_restart(plan: Plan, _machine: Machine) -> Heal | None:
